@@ -1,0 +1,92 @@
+"""An optimizer as it takes part in a bench: over shared parameters, with states of its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import spec as specs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parameters(shapes, dtype, device):
+    """Random parameters with fixed random gradients of global norm about 1, so that clipping hardly changes them."""
+    generator = torch.Generator(device).manual_seed(0)
+    elements = max(1, sum(torch.Size(shape).numel() for shape in shapes))
+    params = []
+    for shape in shapes:
+        p, g = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
+        params.append(torch.nn.Parameter(p.mul_(0.02)))
+        params[-1].grad = g.mul_(elements**-0.5)
+    return params
+
+
+class _OperatorCount(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Contender:
+    """A built optimizer and the parameters it steps."""
+
+    spec: specs.Spec
+    params: list
+    opt: torch.optim.Optimizer
+
+    @classmethod
+    def build(cls, spec, params):
+        """Builds the optimizer and takes two steps: torch's make their states, Triton's compile in the first."""
+        contender = cls(spec, params, specs.build(spec, params))
+        contender.step()
+        contender.step()
+        return contender
+
+    def step(self):
+        if self.spec.clip:
+            torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.opt.step()
+
+    @property
+    def ours(self):
+        return hasattr(self.opt, "traffic")
+
+    @property
+    def engine(self):
+        return ",".join(self.opt.engines) if self.ours else self.spec.engine
+
+    def traffic(self):
+        """Compulsory and requested bytes and native calls of a step; None where nobody has counted."""
+        if self.ours and not self.spec.clip:
+            plan = self.opt.traffic()
+            counts = plan["compulsory"], plan["requested"], plan["launches"]
+        elif self.ours:
+            counts = None, None, None  # the plan does not know what clip_grad_norm_ does
+        else:
+            counts = self._known_bytes(), None, self._operator_calls()
+        return dict(zip(("compulsory_bytes", "requested_bytes", "native_calls"), counts, strict=True))
+
+    def _known_bytes(self):
+        """What torch's own SGD and Adam must move at least: their states have the parameters' type."""
+        if self.spec.package != "torch.optim" or self.opt.defaults.get("amsgrad"):
+            return None
+        sgd = 5 if self.opt.defaults.get("momentum") else 3
+        words = {"Adam": 7, "AdamW": 7, "SGD": sgd}.get(self.spec.name)
+        return words and (words + self.spec.clip) * sum(p.nbytes for p in self.params)
+
+    def _operator_calls(self):
+        with _OperatorCount() as count:
+            self.step()
+        return count.calls
+
+    def memory(self):
+        """Bytes the algorithm needs (parameters, gradients, states) and bytes held beside them (ours only)."""
+        tensors = [p for p in self.params] + [p.grad for p in self.params]
+        tensors += [s for state in self.opt.state.values() for s in state.values() if isinstance(s, torch.Tensor)]
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        held = self.opt.workspace_bytes() if self.ours else None
+        return {"needed_bytes": sum(storages.values()), "workspace_bytes": held}

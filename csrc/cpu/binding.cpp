@@ -1,0 +1,95 @@
+// Python's door to the CPU engine. Arrays come as buffers of int64 or float64 (array.array, memoryview), memory that
+// torch owns as addresses: no torch headers, so that one build serves every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "cpu/engine.h"
+#include "cpu/reader.h"
+
+namespace py = pybind11;
+using namespace layerfused;
+
+namespace {
+
+template <class T>
+std::vector<T> rows(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  const size_t bytes = size_t(info.size * info.itemsize);
+  if (info.itemsize != 8 || bytes % sizeof(T)) throw std::invalid_argument("not a whole number of 8-byte rows");
+  const T* data = static_cast<const T*>(info.ptr);
+  return std::vector<T>(data, data + bytes / sizeof(T));
+}
+
+template <class T>
+T* at(int64_t address) { return reinterpret_cast<T*>(address); }
+
+// Where the states lie: an engine and the arrays it points into.
+struct Bound {
+  std::unique_ptr<Engine> engine;
+  std::vector<int64_t> m, v, m_storage, v_storage;
+};
+
+std::unique_ptr<Bound> make(const std::string& rule, py::buffer items, py::buffer chunks, py::buffer layers,
+                            int64_t tensors) {
+  auto engine = std::make_unique<Engine>(rule, rows<Item>(items), rows<Chunk>(chunks), rows<Layer>(layers), tensors);
+  return std::make_unique<Bound>(Bound{std::move(engine), {}, {}, {}, {}});
+}
+
+void set_states(Bound& bound, py::buffer m, py::buffer m_storage, py::buffer v, py::buffer v_storage) {
+  bound.m = rows<int64_t>(m), bound.m_storage = rows<int64_t>(m_storage);
+  bound.v = rows<int64_t>(v), bound.v_storage = rows<int64_t>(v_storage);
+  for (const auto* column : {&bound.m, &bound.m_storage, &bound.v, &bound.v_storage})
+    if (int64_t(column->size()) != bound.engine->tensors())
+      throw std::invalid_argument("states need one address and one storage type per tensor");
+  bound.engine->m = {bound.m.data(), bound.m_storage.data()};
+  bound.engine->v = {bound.v.data(), bound.v_storage.data()};
+}
+
+void set_outputs(Bound& bound, int64_t step, int64_t state, int64_t stats, int64_t report, int64_t norm) {
+  bound.engine->out = {at<float>(step), at<double>(state), at<double>(stats), at<double>(report), at<double>(norm)};
+}
+
+bool run(Bound& bound, unsigned phases, const Reader& reader, py::buffer groups, double max_norm, int threads) {
+  Engine& engine = *bound.engine;
+  if (int64_t(reader.p.size()) != engine.tensors()) throw std::invalid_argument("reader and plan differ in tensors");
+  engine.p = {reader.p.data(), reader.p_storage.data()};
+  engine.g = {reader.g.data(), reader.g_storage.data()};
+  const std::vector<double> table = rows<double>(groups);
+  py::gil_scoped_release release;
+  return engine.run(phases, table.data(), max_norm, threads);
+}
+
+// The needs of every rule, so that Python can check its own table against them.
+py::dict describe() {
+  py::dict all;
+  for (const Kernels* k : rules()) {
+    py::dict one;
+    one["hyper"] = k->hyper, one["sums"] = k->sums, one["minima"] = k->minima, one["reports"] = k->reports;
+    one["couples"] = k->couples;
+    one["reduce"] = py::make_tuple(k->reduce_sweep.reads, k->reduce_sweep.writes);
+    one["apply"] = py::make_tuple(k->apply_sweep.reads, k->apply_sweep.writes);
+    all[k->name] = one;
+  }
+  return all;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "layerfused's CPU engine";
+  module.def("rules", &describe);
+  module.def("same", &same, "whether two lists hold the same objects");
+  py::class_<Reader>(module, "Reader")
+      .def(py::init<py::list, py::list, py::tuple>())
+      .def("read", &Reader::read)
+      .def("replace_gradient", &Reader::replace_gradient)
+      .def_property_readonly("workspace_bytes", &Reader::workspace_bytes);
+  py::class_<Bound>(module, "Engine")
+      .def(py::init(&make))
+      .def("set_states", &set_states)
+      .def("set_outputs", &set_outputs)
+      .def("run", &run)
+      .def_property_readonly("workspace_bytes", [](const Bound& bound) { return bound.engine->workspace_bytes(); });
+}

@@ -1,0 +1,50 @@
+// One way in for tensors: addresses, storage types and layouts of parameters and gradients, read anew every step.
+//
+// Through the DLPack exchange table of the tensor type (torch >= 2.10) a look costs some ten nanoseconds; older
+// versions are asked by method calls, with the same result. Neither needs torch's headers.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace layerfused {
+
+constexpr int64_t NOT_SERVED = -1;  // a storage type that no engine serves
+
+// What is expected of, and compared between, a parameter and its gradient.
+struct Layout {
+  int64_t address = 0, storage = NOT_SERVED;
+  bool cpu = false;
+  std::vector<int64_t> shape, strides;
+  bool same_shape(const Layout& other) const { return shape == other.shape && strides == other.strides; }
+};
+
+class Reader {
+ public:
+  // `parameters` is a list of tensors, `states` a list of dicts whose entries under `names` belong to the engine.
+  Reader(pybind11::list parameters, pybind11::list states, pybind11::tuple names);
+
+  // Reads p and g. Answers what Python has to look at: the indices of parameters that changed their layout or whose
+  // states were replaced, those of gradients that do not lie like their parameter, whether an address of p changed,
+  // and how many parameters have no gradient.
+  pybind11::tuple read();
+
+  int64_t workspace_bytes() const;
+  void replace_gradient(size_t index, int64_t address, int64_t storage);
+  std::vector<int64_t> p, g, p_storage, g_storage;
+
+ private:
+  bool look(PyObject* tensor, Layout& out);
+
+  pybind11::list parameters_, states_;
+  pybind11::tuple names_;
+  std::vector<Layout> expected_;
+  std::vector<pybind11::object> entries_;  // held, so that no other tensor can take their place unseen
+};
+
+// Whether two lists hold the same objects.
+bool same(const pybind11::list& a, const pybind11::list& b);
+
+}  // namespace layerfused

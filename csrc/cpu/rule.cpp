@@ -1,0 +1,137 @@
+// One rule for the CPU: compiled once for each header of csrc/rules, named on the command line.
+#include LAYERFUSED_RULE_HEADER
+
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+
+// The same source for three instruction sets, chosen when the module is loaded; elsewhere one plain build. Results
+// are the same bits: no contraction, no reassociation, and lanes that do not depend on the vector width.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__) && !defined(LAYERFUSED_NO_CLONES)
+#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define CLONES
+#endif
+
+#define RULE_LAMBDA __attribute__((always_inline))
+
+namespace layerfused {
+namespace {
+
+template <class S, class = void>
+constexpr bool couples = false;
+template <class S>
+constexpr bool couples<S, std::void_t<decltype(S::coupled)>> = true;
+
+template <class S>
+RULE_FN float coupled(const S& c) {
+  if constexpr (couples<S>) return c.coupled;
+  return 0;
+}
+
+template <class R>
+constexpr unsigned with_p(unsigned reads) { return couples<typename R::Scalars> && (reads & G) ? reads | P : reads; }
+
+template <class R, unsigned reads>
+RULE_FN Element load(const typename R::Scalars& c, float scale, const Tile& tile, int64_t i) {
+  Element x{0, 0, 0, 0};
+  if constexpr (reads & P) x.p = tile.p[i];
+  if constexpr (reads & G) x.g = scale * tile.g[i];
+  if constexpr (reads & M) x.m = tile.m[i];
+  if constexpr (reads & V) x.v = tile.v[i];
+  if constexpr (couples<typename R::Scalars> && (reads & G)) x.g = c.coupled != 0 ? x.g + c.coupled * x.p : x.g;
+  return x;
+}
+
+template <unsigned writes>
+RULE_FN void store(const Tile& tile, int64_t i, const Element& x) {
+  if constexpr (writes & P) tile.p[i] = x.p;
+  if constexpr (writes & M) tile.m[i] = x.m;
+  if constexpr (writes & V) tile.v[i] = x.v;
+}
+
+// One lane's view of the accumulators.
+template <class R>
+struct Lane {
+  double (&sum)[R::sums > 0 ? R::sums : 1][LANES];
+  float (&minimum)[R::minima > 0 ? R::minima : 1][LANES];
+  int j;
+  RULE_FN void add(int k, float a, float b) { sum[k][j] += double(a) * double(b); }
+  RULE_FN void least(int k, float a) { minimum[k][j] = a < minimum[k][j] ? a : minimum[k][j]; }
+};
+
+template <class R>
+CLONES void reduce(const Scalars& erased, float scale, const Tile& operands, int64_t n, Lanes& lanes) {
+  const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
+  const Tile tile = operands;
+  double sum[R::sums > 0 ? R::sums : 1][LANES];
+  float minimum[R::minima > 0 ? R::minima : 1][LANES];
+  for (int k = 0; k < R::sums; ++k)
+    for (int j = 0; j < LANES; ++j) sum[k][j] = lanes.sum[k][j];
+  for (int k = 0; k < R::minima; ++k)
+    for (int j = 0; j < LANES; ++j) minimum[k][j] = lanes.least[k][j];
+  const auto element = [&](int64_t i, int j) RULE_LAMBDA {
+    Element x = load<R, with_p<R>(R::reduce_sweep.reads)>(c, scale, tile, i);
+    R::moments(c, x);
+    Lane<R> out{sum, minimum, j};
+    R::stats(c, x, out);
+    store<R::reduce_sweep.writes>(tile, i, x);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+#pragma GCC ivdep
+    for (int j = 0; j < LANES; ++j) element(i + j, j);
+  for (int j = 0; i + j < n; ++j) element(i + j, j);
+  for (int k = 0; k < R::sums; ++k)
+    for (int j = 0; j < LANES; ++j) lanes.sum[k][j] = sum[k][j];
+  for (int k = 0; k < R::minima; ++k)
+    for (int j = 0; j < LANES; ++j) lanes.least[k][j] = minimum[k][j];
+}
+
+template <class R, bool with_moments>
+CLONES void update(const Scalars& erased, float scale, const Tile& operands, int64_t n) {
+  constexpr unsigned both = R::reduce_sweep.reads | R::apply_sweep.reads;
+  constexpr unsigned reads = with_p<R>(with_moments ? both : R::apply_sweep.reads);
+  constexpr unsigned writes = R::apply_sweep.writes | (with_moments ? R::reduce_sweep.writes : 0);
+  const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
+  const Tile tile = operands;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    Element x = load<R, reads>(c, scale, tile, i);
+    if constexpr (with_moments) R::moments(c, x);
+    R::apply(c, x);
+    store<writes>(tile, i, x);
+  }
+}
+
+template <class R>
+struct Register {
+  using Group = typename R::Group;
+  using S = typename R::Scalars;
+  static_assert(sizeof(S) <= sizeof(Scalars), "a rule has at most 16 scalars: raise Scalars::values");
+  static_assert(R::sums <= MAX_SUMS && R::minima <= MAX_MINIMA && R::reports <= MAX_REPORTS, "raise MAX_* in kernels.h");
+
+  static void start(const double* group, double t, Scalars& c) {
+    reinterpret_cast<S&>(c) = R::start(*reinterpret_cast<const Group*>(group), t);
+  }
+  static void finish(const double* group, const Total& layer, Scalars& c) {
+    R::finish(*reinterpret_cast<const Group*>(group), layer, reinterpret_cast<S&>(c));
+  }
+  static float coupled_of(const Scalars& c) { return coupled(reinterpret_cast<const S&>(c)); }
+
+  explicit Register(const char* name) {
+    static const Kernels kernels{name, int(sizeof(Group) / sizeof(double)), R::sums, R::minima, R::reports, couples<S>,
+                                 R::reduce_sweep, R::apply_sweep, start, finish, coupled_of, reduce<R>,
+                                 update<R, false>, update<R, true>};
+    rules().push_back(&kernels);
+  }
+};
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+const Register<LAYERFUSED_RULE> registered(TEXT(LAYERFUSED_RULE));
+
+}  // namespace
+}  // namespace layerfused

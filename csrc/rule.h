@@ -1,0 +1,59 @@
+// The vocabulary of a rule: what one optimizer's mathematics may see and say.
+//
+// A rule is a struct of static functions without pointers, indices or storage types:
+//   start(h, t)            the scalars that do not depend on the layer's sums
+//   moments(c, x)          elementwise, before the sums are taken
+//   stats(c, x, out)       the layer's terms: out.add(k, a, b) sums a*b, out.least(k, a) keeps the minimum
+//   finish(h, layer, c)    once per layer, in double: from sums to the scalars of `apply`
+//   apply(c, x)            elementwise, after `finish`
+// The engine hands in x.g with sign, loss scale, global clip factor and coupled decay (`Scalars::coupled`) applied.
+// `reduce_sweep` and `apply_sweep` name the operands that each of the two sweeps reads and writes.
+#pragma once
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define RULE_FN __host__ __device__ __forceinline__
+#else
+#define RULE_FN inline __attribute__((always_inline))
+#endif
+
+namespace layerfused {
+
+struct Element {
+  float p, g, m, v;
+};
+
+enum Operand : unsigned { P = 1, G = 2, M = 4, V = 8 };
+
+struct Sweep {
+  unsigned reads, writes;
+};
+
+// What `finish` knows of its layer.
+struct Total {
+  const double* stats;  // the sums, then the minima, in the order of `stats`
+  double elements;      // of the whole layer
+  double t;             // this step's number, from 1
+  bool adapt;           // false: no layer-wise factor (the stats are not there then)
+  double* state;        // the rule's float64 layer state, nullptr if it has none
+  double* report;       // for layer_stats(), in the rule's order
+};
+
+// A binary power, so that host and device agree to the last bit (pow() does not).
+RULE_FN double power(double base, double t) {
+  double result = 1;
+  for (long long n = static_cast<long long>(t); n > 0; n >>= 1, base *= base)
+    if (n & 1) result *= base;
+  return result;
+}
+
+// 1 / (1 - beta^t): makes an average that started at 0 unbiased.
+RULE_FN double correction(double beta, double t) { return 1 / (1 - power(beta, t)); }
+
+// An average moves by c = 1 - beta, rounded once from double: beta*v + (1 - beta)*q with both rounded drifts.
+RULE_FN void average(float& v, float c, float q) { v += c * (q - v); }
+
+RULE_FN float root(float x) { return sqrtf(x); }
+RULE_FN float square(float x) { return x * x; }
+
+}  // namespace layerfused

@@ -1,0 +1,48 @@
+// SET-Adam (arXiv 2302.01029): down-scaling, eps-embedding and down-translating of v at use; v itself stays Adam's.
+#pragma once
+#include "rule.h"
+
+namespace layerfused {
+
+struct setadam {
+  struct Group { double lr, beta1, beta2, eps, weight_decay, tau, decoupled; };
+  struct Scalars { float coupled, c1, c2, eps, step, decay, scale, shift; };
+  static constexpr Sweep reduce_sweep{G | M | V, M | V}, apply_sweep{P | M | V, P};
+  enum { SUM, SQUARES, LEAST };
+  static constexpr int sums = 2, minima = 1, reports = 2;
+
+  static RULE_FN Scalars start(const Group& h, double t) {
+    const bool decoupled = h.decoupled != 0;
+    return {float(decoupled ? 0 : h.weight_decay), float(1 - h.beta1), float(1 - h.beta2), float(h.eps),
+            float(h.lr * correction(h.beta1, t)), float(decoupled ? h.lr * h.weight_decay : 0),
+            float(correction(h.beta2, t)), 0};
+  }
+  static RULE_FN void moments(const Scalars& c, Element& x) {
+    average(x.m, c.c1, x.g);
+    average(x.v, c.c2, square(x.g));
+  }
+  template <class Out> static RULE_FN void stats(const Scalars&, const Element& x, Out& out) {
+    out.add(SUM, x.v, 1);
+    out.add(SQUARES, x.v, x.v);
+    out.least(LEAST - sums, x.v);
+  }
+  // v -> sqrt(scale*v + eps) is monotone, so that the layer's least v gives the least w: one round of stats does.
+  static RULE_FN void finish(const Group& h, const Total& layer, Scalars& c) {
+    double squared_cosine = 1, least = 0;
+    if (layer.adapt && layer.elements > 0) {
+      const double sum = layer.stats[SUM], squares = layer.stats[SQUARES];
+      if (squares != 0) squared_cosine = sum * sum / (layer.elements * squares);
+      const double scale = correction(h.beta2, layer.t) * squared_cosine;
+      least = std::sqrt(scale * layer.stats[LEAST] + h.eps);
+      c.scale = float(scale);
+      c.shift = float(h.tau * least);
+    }
+    layer.report[0] = std::sqrt(squared_cosine), layer.report[1] = least;
+  }
+  static RULE_FN void apply(const Scalars& c, Element& x) {
+    const float w = root(c.scale * x.v + c.eps) - c.shift;
+    x.p -= c.step * x.m / w + c.decay * x.p;
+  }
+};
+
+}  // namespace layerfused

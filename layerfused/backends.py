@@ -1,0 +1,51 @@
+"""Which engine serves which parameter: one explicit table, and errors that say what is missing."""
+
+from functools import cache
+
+import torch
+
+from . import _cpu
+from .cpu import STORAGE
+from .rule import Rule
+from .table import is_dense, rows_outermost
+
+
+@cache
+def native_rules() -> frozenset[str]:
+    """The rules that the CPU engine was built with."""
+    return frozenset(_cpu.rules())
+
+
+def cpu_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
+    """Why the CPU engine cannot serve a parameter, with the remedy; "" if it can."""
+    if rule.name not in native_rules():
+        return f"rule {rule.name!r} has no native form"
+    if p.device.type != "cpu":
+        return f"the parameter is on {p.device}"
+    if p.dtype not in STORAGE:
+        return f"it works on float32, bfloat16 and float16, not on {p.dtype}"
+    if not is_dense(p):
+        return f"strides {p.stride()} leave gaps in memory or overlap"
+    if rule.layerwise and group["layer"] not in ("tensor", "group") and not rows_outermost(p):
+        return f"with strides {p.stride()} the rows of dimension 0 are no stretches of memory"
+    return ""
+
+
+def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
+    """The engine for a parameter: the one its group asks for, or the first that can serve it.
+
+    Raises:
+        ValueError: if an engine is asked for by name that cannot serve.
+    """
+    asked = group["backend"]
+    plain = group["differentiable"] or group["foreach"] or group["fused"] is False
+    if plain and asked not in ("auto", "reference"):
+        raise ValueError(f"backend={asked!r} cannot serve differentiable=True, foreach=True or fused=False: use 'auto'")
+    if plain or asked == "reference":
+        return "reference"
+    if asked in ("cuda", "triton"):
+        raise ValueError(f"backend={asked!r} is not part of this version of layerfused: use 'auto', 'cpu' or 'reference'")
+    lacks = cpu_lacks(group, rule, p)
+    if lacks and asked == "cpu":
+        raise ValueError(f"backend='cpu' cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")
+    return "reference" if lacks else "cpu"

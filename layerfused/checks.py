@@ -1,0 +1,100 @@
+"""Checks of hyper-parameters: every error names the value and the range."""
+
+import math
+from numbers import Real
+
+import torch
+
+# name -> (lowest, highest, lowest allowed, highest allowed); beta stands for both halves of `betas`
+RANGES = {
+    "lr": (0, math.inf, True, False),
+    "beta": (0, 1, True, False),
+    "eps": (0, math.inf, True, False),
+    "weight_decay": (0, math.inf, True, False),
+    "momentum": (0, math.inf, True, False),
+    "dampening": (-math.inf, math.inf, False, False),
+    "trust_coefficient": (0, math.inf, False, False),
+    "tau": (0, 1, True, False),
+    "gamma": (0, 1, True, False),
+    "xi": (0, math.inf, False, False),
+    "max_grad_norm": (0, math.inf, False, False),
+}
+CHOICES = {
+    "processing": ("pre", "post"),
+    "backend": ("auto", "cpu", "triton", "cuda", "reference"),
+}
+
+
+def check_range(name: str, value, low, high, low_in: bool, high_in: bool) -> None:
+    text = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
+        if value.device.type != "cpu":
+            return  # reading it would synchronise
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {text}, got {value!r}")
+    inside = (low <= value if low_in else low < value) and (value <= high if high_in else value < high)
+    if not inside:  # a NaN is in no range
+        raise ValueError(f"{name} must be in {text}, got {value}")
+
+
+def check_group(group: dict, positive_eps: bool) -> None:
+    """Checks every hyper-parameter of a parameter group.
+
+    Raises:
+        ValueError, TypeError: naming the hyper-parameter, its value and its range.
+    """
+    for name, value in group.items():
+        if name == "eps" and positive_eps:
+            check_range(name, value, 0, math.inf, False, False)
+        elif name in RANGES:
+            check_range(name, value, *RANGES[name])
+        elif name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
+    if "betas" in group:
+        _check_betas(group["betas"])
+    if "k" in group and (isinstance(group["k"], bool) or not isinstance(group["k"], int) or group["k"] < 0):
+        raise ValueError(f"k must be an integer >= 0, got {group['k']!r}")
+    if "trust_clip" in group:
+        trust_bounds(group["trust_clip"])
+    if group.get("nesterov") and group["momentum"] == 0:
+        raise ValueError("nesterov needs momentum > 0, got momentum=0")
+    if group.get("nesterov") and group.get("dampening", 0) != 0:
+        raise ValueError(f"nesterov needs dampening=0, got dampening={group['dampening']}")
+    check_layer(group["layer"])
+
+
+def _check_betas(betas) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
+    for number, beta in enumerate(betas, 1):
+        check_range(f"beta{number}", beta, *RANGES["beta"])
+
+
+def trust_bounds(clip) -> tuple[float, float]:
+    """`trust_clip` as (lower, upper): None is no bound, a number the upper one.
+
+    Raises:
+        ValueError: if the bounds are not numbers with 0 <= lower <= upper.
+    """
+    if clip is None:
+        return 0.0, math.inf
+    lower, upper = clip if isinstance(clip, (tuple, list)) and len(clip) == 2 else (0.0, clip)
+    if not isinstance(lower, Real) or not isinstance(upper, Real) or not 0 <= lower <= upper:
+        raise ValueError(f"trust_clip must be None, an upper bound >= 0, or (lower, upper) with 0 <= lower <= upper, got {clip!r}")
+    return float(lower), float(upper)
+
+
+def check_layer(layer) -> None:
+    """Raises ValueError unless `layer` is one of the ways to cut parameters into layers."""
+    if layer in ("tensor", "slices", "group"):
+        return
+    if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 1:
+        return
+    if isinstance(layer, (tuple, list)) and layer and all(type(n) is int and n >= 1 for n in layer):
+        return
+    raise ValueError(
+        f"layer must be 'tensor', 'slices', 'group', a number of equal blocks >= 1 or a tuple of row counts >= 1, got {layer!r}"
+    )

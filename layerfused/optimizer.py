@@ -1,0 +1,317 @@
+"""The base of every optimizer here: a torch.optim.Optimizer whose step is one launch per device and variant."""
+
+from collections import defaultdict
+
+import torch
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from . import state_dicts
+from ._cpu import same
+from .backends import choose
+from .checks import RANGES, check_group, check_range, trust_bounds
+from .cpu import CpuLaunch
+from .plan import Phase
+from .reference_engine import ReferenceLaunch
+from .rule import Rule
+from .table import Table, check_overlap
+from .traffic import traffic
+
+LAUNCHES = {"cpu": CpuLaunch, "reference": ReferenceLaunch}
+HALVES = {  # what a rule's row takes out of a pair
+    "beta1": lambda group: group["betas"][0],
+    "beta2": lambda group: group["betas"][1],
+    "lower": lambda group: trust_bounds(group["trust_clip"])[0],
+    "upper": lambda group: trust_bounds(group["trust_clip"])[1],
+}
+STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused")  # what the tables depend on
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer given by its `Rule`; subclasses name the rule and its defaults.
+
+    Args:
+        params: parameters, named parameters, or groups of either. A group may set every hyper-parameter for itself,
+            and two keys that say what a layer is:
+            `adapt` (bool, default True): False leaves the layer-wise factor out (None: where the rule allows it);
+            `layer` (default "tensor"): each tensor is a layer; "slices": each index of dimension 0 is one (stacked
+            experts); an int: that many equal blocks of dimension 0; a tuple: blocks of so many rows (fused QKV);
+            "group": all tensors of the group are one layer, and they count steps together [ours].
+        defaults: the rule's own hyper-parameters.
+        maximize: ascend instead of descend.
+        differentiable: let autograd see the step (reference engine).
+        max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
+            not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
+        backend: "auto", "cpu" or "reference"; `engines` tells what serves.
+        foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+
+    Raises:
+        ValueError, TypeError: for a hyper-parameter out of range, parameters that overlap in memory or occur twice,
+            and a backend that cannot serve.
+
+    A rule of one's own is a subclass that sets `rule` and passes its defaults, as the optimizers of this package do.
+    """
+
+    rule: Rule
+    positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
+
+    def __init__(
+        self,
+        params,
+        defaults: dict,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        backend: str = "auto",
+        max_grad_norm: float | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ):
+        common = dict(maximize=maximize, differentiable=differentiable, backend=backend, adapt=True, layer="tensor")
+        common |= dict(foreach=foreach, fused=fused, capturable=capturable)
+        check_group({**defaults, **common}, self.positive_eps)
+        if max_grad_norm is not None:
+            check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
+        self._launches = None
+        super().__init__(params, {**defaults, **common})
+        self.defaults["max_grad_norm"] = max_grad_norm
+        self._build()
+
+    # Groups and states
+
+    def rule_of(self, group: dict) -> Rule:
+        """The rule that serves a group: options that change what is stored choose between variants."""
+        return self.rule
+
+    def add_param_group(self, group: dict) -> None:
+        """Adds a group of parameters, with its own hyper-parameters where the group sets them.
+
+        Raises:
+            ValueError, TypeError: as the constructor does; the optimizer is then as it was.
+        """
+        if isinstance(group, dict) and "max_grad_norm" in group:
+            raise ValueError("max_grad_norm is the whole optimizer's: pass it to the constructor, not to a group")
+        before, built = len(self.param_groups), self._launches is not None
+        super().add_param_group(group)
+        try:
+            self._check_group(self.param_groups[-1])
+            if built:
+                self._build()
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    def _check_group(self, group: dict) -> None:
+        group.pop("max_grad_norm", None)
+        check_group(group, self.positive_eps)
+        rule = self.rule_of(group)
+        if group["adapt"] is None:
+            group["adapt"] = rule.needs_adapt
+        if len({id(p) for p in group["params"]}) < len(group["params"]):
+            raise ValueError("a parameter occurs twice in a group: pass each parameter once")
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise TypeError(f"parameter of dtype {p.dtype} and shape {tuple(p.shape)}: a real floating-point type is needed")
+            if p.layout != torch.strided:
+                raise ValueError(f"parameter with layout {p.layout} is not supported: use a dense one")
+
+    def _build(self) -> None:
+        """Makes tables and launches, the states that are missing, and drops those of parameters that left.
+
+        Everything is checked before `state` is touched.
+        """
+        self._launches = None
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        check_overlap(self._params)
+        members = defaultdict(dict)  # of each launch: group number -> parameters
+        for number, group in enumerate(self.param_groups):
+            rule = self.rule_of(group)
+            if rule.needs_adapt and not group["adapt"]:
+                raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
+            for p, engine in zip(group["params"], engines_of(group, rule), strict=True):
+                members[engine, p.device, rule].setdefault(number, []).append(p)
+        tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
+        for (engine, _, rule), lists in members.items():
+            tables.append((engine, Table(rule, [self.param_groups[number] for number in lists], list(lists.values()))))
+            tables[-1][1].adopt(entries)
+        self._keep(entries)
+        self._launches = [LAUNCHES[engine](table, self.state) for engine, table in tables]
+        self._entries, self._structure = list(self.state.values()), self._look()
+        device = self._params[0].device if self._params else None
+        norms = [launch.norm for launch in self._launches]
+        self.grad_norm = norms[0] if len(norms) == 1 else torch.zeros((), dtype=torch.float64, device=device)
+        if not hasattr(self, "skipped_steps"):
+            self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _keep(self, entries: dict) -> None:
+        """Puts checked entries into `state`, whose dicts stay the objects they were."""
+        for p in [p for p in self.state if p not in entries]:
+            del self.state[p]
+        for p, own in entries.items():
+            self.state[p].clear()
+            self.state[p].update(own)
+
+    def _look(self) -> list:
+        return [(*(group[key] for key in STRUCTURE), self.rule_of(group)) for group in self.param_groups]
+
+    def _current(self) -> list:
+        """The launches, built anew if groups, parameters or states were exchanged."""
+        if (
+            self._launches is None
+            or not same([p for group in self.param_groups for p in group["params"]], self._params)
+            or not same(list(self.state.values()), self._entries)
+            or self._look() != self._structure
+        ):
+            self._build()
+        return self._launches
+
+    # The step
+
+    @_use_grad_for_differentiable
+    def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
+        """Takes one step.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+            grad_norm: the norm to clip by, where the gradients at hand are only a part (pipeline, expert or ZeRO
+                ranks); a number or a 0-dim tensor, >= 0. It needs `max_grad_norm`.
+
+        Returns:
+            What `closure` returned, else None.
+
+        Raises:
+            ValueError, TypeError: for gradients that cannot be used. Parameters and states are then untouched.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        launches = self._read()
+        rows = [self._rows(launch.table) for launch in launches]
+        max_norm = self.defaults["max_grad_norm"] or 0.0
+        phases = self._norm_phase(launches, rows, max_norm, grad_norm)
+        happened = True
+        for launch, own in zip(launches, rows, strict=True):
+            happened &= launch.run(phases, own, max_norm)
+            if happened:
+                torch.autograd.graph.increment_version(launch.written())
+        if not happened:
+            self.skipped_steps += 1
+        return loss
+
+    def _read(self) -> list:
+        """Launches that have read and checked every address."""
+        launches = self._current()
+        if not all([launch.read() for launch in launches]):  # shapes, types, devices or states changed
+            self._build()
+            launches = self._launches
+            if not all([launch.read() for launch in launches]):
+                raise RuntimeError("parameters change while the optimizer reads them: step() needs them at rest")
+        elif any(launch.moved for launch in launches):
+            check_overlap(self._params)
+        return [launch for launch in launches if launch.absent < len(launch.table.params)]
+
+    def _rows(self, table: Table) -> list[tuple]:
+        """A row per group of the table: the gradient's sign, then what the rule's row holds."""
+        rows = []
+        for group in table.groups:
+            values = [HALVES[k](group) if k in HALVES else group[k] if k in group else getattr(self, k) for k in table.rule.hyper]
+            rows.append((-1.0 if group["maximize"] else 1.0, *values))
+        return rows
+
+    def _norm_phase(self, launches: list, rows: list, max_norm: float, given) -> int:
+        """The phases left to run, with every launch's norm in place."""
+        if given is not None:
+            if not max_norm:
+                raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
+            if torch.as_tensor(given).numel() != 1:
+                raise ValueError(f"grad_norm must have one element, got shape {tuple(given.shape)}")
+            self.grad_norm.fill_(float(given))
+        elif not max_norm:
+            return Phase.STEP & ~Phase.NORM
+        elif len(self._launches) == 1:
+            return Phase.STEP
+        else:
+            for launch, own in zip(launches, rows, strict=True):
+                launch.run(Phase.NORM, own, max_norm)
+            self.grad_norm.copy_(torch.stack([launch.norm.to(self.grad_norm.device) for launch in launches]).norm())
+        for launch in launches:
+            launch.norm.copy_(self.grad_norm)
+        return Phase.STEP & ~Phase.NORM
+
+    # What it tells
+
+    @property
+    def engines(self) -> dict[str, int]:
+        """How many tensors each engine serves."""
+        counts = {}
+        for launch in self._current():
+            counts[launch.engine] = counts.get(launch.engine, 0) + len(launch.table.params)
+        return counts
+
+    def layer_stats(self) -> dict[str, dict]:
+        """What the rule saw of each layer in the last step (norms, ratios, angles; see the rule's docstring).
+
+        Returns:
+            Per parameter a dict from name to float, or to a list of floats where the parameter is cut into layers.
+            Keys are the parameters' names if the optimizer was built from named parameters, else "group.index".
+        """
+        found = {}
+        for launch in self._current():
+            table, report = launch.table, launch.table.report.tolist()
+            for p, layers in zip(table.params, table.layers_of(), strict=True):
+                columns = {name: [report[n][k] for n in layers] for k, name in enumerate(table.rule.report)}
+                found[p] = {name: c[0] if len(c) == 1 else c for name, c in columns.items()}
+        names = {}
+        for number, group in enumerate(self.param_groups):
+            given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+            names |= {name: found[p] for name, p in zip(given, group["params"], strict=True)}
+        return names
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that one step moves when every parameter has a gradient, by the plan's own count, and its launches.
+
+        Returns:
+            "compulsory": every operand read once and written once; "requested": what the sweeps ask for (what of it
+            is found in a cache is the machine's affair); "launches": native calls.
+        """
+        counts = [traffic(launch.table, self.state, self.defaults["max_grad_norm"] is not None) for launch in self._current()]
+        totals = {key: sum(count[key] for count in counts) for key in ("compulsory", "requested")}
+        return {**totals, "launches": sum(launch.engine != "reference" for launch in self._launches)}
+
+    def workspace_bytes(self) -> int:
+        """Bytes held beside parameters, gradients and states."""
+        return sum(launch.workspace_bytes() for launch in self._current())
+
+    # Saving and loading
+
+    def state_dict(self) -> dict:
+        """torch's state_dict, with the name of each group's rule."""
+        self._current()
+        return state_dicts.tagged(super().state_dict(), [self.rule_of(group).name for group in self.param_groups])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads what `state_dict()` of this class gave, or torch.optim's SGD, Adam or AdamW for ours.
+
+        States keep the type they were saved with and go to their parameter's device. Group keys that are not ours
+        (as `amsgrad`) are dropped, those of learning-rate schedulers kept.
+
+        Raises:
+            ValueError: for a state_dict of another optimizer or other shapes; the optimizer is then as it was.
+        """
+        state_dicts.load(self, state_dict)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._launches = None
+
+
+def engines_of(group: dict, rule: Rule) -> list[str]:
+    """The engine of each parameter of a group; one for all where they are one layer."""
+    engines = [choose(group, rule, p) for p in group["params"]]
+    if group["layer"] != "group" or not rule.layerwise:
+        return engines
+    devices = {p.device for p in group["params"]}
+    if len(devices) > 1:
+        raise ValueError(f"layer='group' needs all tensors of the group on one device, got {sorted(map(str, devices))}")
+    return ["reference"] * len(engines) if "reference" in engines else engines

@@ -1,0 +1,105 @@
+"""The reference engine: the functions of `reference.py` over a table, on any device and in any floating-point type."""
+
+from types import SimpleNamespace
+
+import torch
+
+from .gradients import check_gradient
+from .plan import Phase, Span
+from .reference import global_norm
+from .table import Table
+
+
+class ReferenceLaunch:
+    """Plain torch, layer by layer: slow, exact, differentiable."""
+
+    engine = "reference"
+
+    def __init__(self, table: Table, state: dict):
+        self.table, self.state = table, state
+        self.norm = torch.zeros((), dtype=torch.float64, device=table.step.device)
+        self._layouts = self._look()
+
+    def _look(self) -> list:
+        return [(p.shape, p.stride(), p.dtype, p.device, [id(e) for e in self.state[p].values()]) for p in self.table.params]
+
+    def read(self) -> bool:
+        """Checks every gradient. Answers False if a parameter or state is not what the table was made for."""
+        for p in self.table.params:
+            if p.grad is not None:
+                check_gradient(p)
+        self.absent = sum(p.grad is None for p in self.table.params)
+        self.moved = True
+        return self._look() == self._layouts
+
+    def workspace_bytes(self) -> int:
+        return self.table.report.nbytes + self.norm.nbytes
+
+    def written(self) -> list:
+        return []  # torch's own in-place operations count versions themselves
+
+    def run(self, phases: int, rows: list, max_norm: float) -> bool:
+        """A whole step, or the phase NORM alone; False if the step is skipped because the norm is not finite."""
+        if phases & Phase.NORM:
+            self.norm.copy_(global_norm([p.grad.detach() for p in self.table.params if p.grad is not None]))
+        if phases == Phase.NORM:
+            return True
+        if phases | Phase.NORM != Phase.STEP:
+            raise ValueError("the reference engine runs whole steps only")
+        norm = float(self.norm) if max_norm > 0 else 0.0
+        if not norm < float("inf"):
+            return False
+        factor = max_norm / norm if norm > max_norm else 1.0
+        updates = [self._update(n, spec, rows[spec.group], factor) for n, spec in enumerate(self.table.layers)]
+        self._write([update for update in updates if update])
+        return True
+
+    def _update(self, number: int, spec, row: tuple, factor: float) -> tuple | None:
+        """One layer's new values, nothing written yet; None if no tensor of it has a gradient."""
+        table, rule = self.table, self.table.rule
+        spans = [span for span in spec.spans if table.params[span.tensor].grad is not None]
+        if not spans:
+            return None
+        params = [table.params[span.tensor] for span in spans]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        s = {name: gather(spans, [self.state[p][name] for p in params], dtype) for name in rule.states}
+        if rule.scalar:
+            s[rule.scalar] = table.scalars[table.layer_slots[number].start].clone()
+        h = SimpleNamespace(**dict(zip(rule.hyper, row[1:], strict=True)))
+        t = int(table.step[spec.spans[0].tensor]) + 1
+        g = gather(spans, [p.grad for p in params], dtype) * (row[0] * factor)
+        p, report = rule.reference(gather(spans, params, dtype), g, s, h, t, spec.stats or not rule.layerwise)
+        return number, spans, p, s, report
+
+    def _write(self, updates: list[tuple]) -> None:
+        table, rule = self.table, self.table.rule
+        for number, spans, p, s, report in updates:
+            params = [table.params[span.tensor] for span in spans]
+            scatter(spans, p, params)
+            for name in rule.states:
+                scatter(spans, s[name], [self.state[q][name] for q in params])
+            with torch.no_grad():
+                if rule.scalar:
+                    slots = table.layer_slots[number]
+                    table.scalars[slots.start : slots.stop] = s[rule.scalar].detach()
+                for k, name in enumerate(rule.report):
+                    table.report[number, k] = torch.as_tensor(report[name]).detach()
+        tensors = {span.tensor for number, *_ in updates for span in table.layers[number].spans}
+        with torch.no_grad():
+            table.step[list(tensors)] += 1
+
+
+def gather(spans: list[Span], tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The elements of one layer, flat, in the computing type."""
+    pieces = [x.reshape(-1)[s.start : s.start + s.count].to(dtype) for s, x in zip(spans, tensors, strict=True)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def scatter(spans: list[Span], flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """Writes the elements of one layer back to where they came from."""
+    for span, x, piece in zip(spans, tensors, flat.split([s.count for s in spans]), strict=True):
+        if span.count == x.numel():
+            x.copy_(piece.view(x.shape))
+        else:  # whole rows of dimension 0
+            row = x.numel() // x.shape[0]
+            x[span.start // row : (span.start + span.count) // row].copy_(piece.view(-1, *x.shape[1:]))

@@ -1,0 +1,88 @@
+"""Loading and saving: our own layout, which is torch's where the quantities are torch's."""
+
+from collections import OrderedDict
+
+import torch
+
+from .checks import check_group
+
+SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")  # keys they keep in groups
+
+
+def tagged(state_dict: dict, rules: list[str]) -> dict:
+    """Names each group's rule, so that a state_dict cannot be loaded into another optimizer with like-named states."""
+    for group, rule in zip(state_dict["param_groups"], rules, strict=True):
+        group["rule"] = rule
+    return state_dict
+
+
+def load(optimizer, state_dict: dict) -> None:
+    """Checks a whole state_dict, then puts it into the optimizer, or leaves that as it was."""
+    state_dict = dict(state_dict)  # hooks may exchange its parts
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+    saved, groups = state_dict["param_groups"], optimizer.param_groups
+    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the state_dict has groups of {sizes[0]} parameters, the optimizer has {sizes[1]}")
+    new_groups = [_merged(optimizer, mine, theirs) for mine, theirs in zip(groups, saved, strict=True)]
+    entries = {}
+    for group, theirs in zip(new_groups, saved, strict=True):
+        rule = optimizer.rule_of(group)
+        if theirs.get("rule", rule.name) != rule.name:
+            raise ValueError(f"the state_dict is of rule {theirs['rule']!r}, this optimizer's is {rule.name!r}")
+        for p, index in zip(group["params"], theirs["params"], strict=True):
+            entries[p] = _entries(rule, p, state_dict["state"].get(index, {}))
+    _exchange(optimizer, new_groups, entries)
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
+
+
+def _merged(optimizer, mine: dict, theirs: dict) -> dict:
+    if theirs.get("amsgrad"):
+        raise ValueError("the state_dict was saved with amsgrad=True, which has no counterpart here")
+    kept = {key: value for key, value in theirs.items() if (key in mine or key in SCHEDULERS) and key != "params"}
+    if isinstance(kept.get("betas"), list):
+        kept["betas"] = tuple(kept["betas"])
+    group = {**mine, **kept}
+    check_group(group, optimizer.positive_eps)
+    return group
+
+
+def _entries(rule, p: torch.Tensor, saved: dict) -> dict:
+    """A parameter's entries, copied to its device in the types they were saved in."""
+    saved = {name: value for name, value in saved.items() if value is not None}
+    if "momentum_buffer" in saved and "step" not in saved:
+        saved["step"] = torch.ones(())  # torch's SGD does not count: a buffer means that steps were taken
+    if not set(saved) - {"step"}:
+        saved.setdefault("step", torch.zeros(()))
+        missing = set(rule.states) if float(saved["step"]) else set()
+    else:
+        missing = set(rule.entries) - set(saved)
+    foreign = set(saved) - set(rule.entries)
+    if missing or foreign:
+        raise ValueError(
+            f"the state_dict is of another optimizer: rule {rule.name!r} keeps {', '.join(rule.entries)}, "
+            f"the state_dict has {', '.join(sorted(saved)) or 'nothing'}"
+        )
+    for name in rule.states:
+        if name in saved and saved[name].shape != p.shape:
+            raise ValueError(f"state {name!r} has shape {tuple(saved[name].shape)}, its parameter has {tuple(p.shape)}")
+    return {name: torch.as_tensor(value).detach().to(p.device, copy=True) for name, value in saved.items()}
+
+
+def _exchange(optimizer, groups: list[dict], entries: dict) -> None:
+    old_groups = [dict(group) for group in optimizer.param_groups]
+    old_state = OrderedDict((p, dict(own)) for p, own in optimizer.state.items())
+    try:
+        for mine, new in zip(optimizer.param_groups, groups, strict=True):
+            mine.update(new)
+        optimizer._keep(entries)
+        optimizer._build()
+    except BaseException:
+        for mine, old in zip(optimizer.param_groups, old_groups, strict=True):
+            mine.clear()
+            mine.update(old)
+        optimizer._keep(old_state)
+        raise

@@ -1,0 +1,161 @@
+"""The table of one launch: which tensors it takes, how they are cut into layers, and where its results go."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .plan import LayerSpec, Span, cut_rows
+from .rule import Rule
+
+
+def state_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """States are float32 whatever the parameter's type; float64 parameters keep theirs in float64."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gap or overlap, in whatever order."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def rows_outermost(tensor: torch.Tensor) -> bool:
+    """Whether each index of dimension 0 is a stretch of memory of its own."""
+    return tensor.shape[0] <= 1 or tensor.numel() == 0 or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+
+
+class Table:
+    """Parameters of one rule on one device, with their layers and what every engine writes for them.
+
+    Attributes:
+        params, group_of: the parameters and the number (in `groups`) of each one's group.
+        layers: a `LayerSpec` per layer, in the order of the parameters.
+        slots: per parameter, its range of slots for the scalars of its layers.
+        layer_slots: per layer, its range of slots: one, or with layer="group" one per member, kept alike.
+        step: float32 [parameters], of which `state["step"]` are views (one addition counts them all).
+        scalars: float64 [slots], of which `state[rule.scalar]` are views.
+        report: float64 [layers, len(rule.report)], overwritten by every step.
+    """
+
+    def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]]):
+        self.rule, self.groups = rule, groups
+        self.params = [p for params in members for p in params]
+        self.group_of = [number for number, params in enumerate(members) for _ in params]
+        self.layers, self.slots, self.layer_slots = [], [], []
+        first = 0
+        for number, (group, params) in enumerate(zip(groups, members, strict=True)):
+            self._add_group(number, group, params, first)
+            first += len(params)
+        device = self.params[0].device
+        self.step = torch.zeros(len(self.params), dtype=torch.float32, device=device)
+        slots = self.slots[-1].stop if rule.scalar and self.slots else 0
+        self.scalars = torch.zeros(slots, dtype=torch.float64, device=device)
+        self.report = torch.zeros(len(self.layers), len(rule.report), dtype=torch.float64, device=device)
+
+    def _add_group(self, number: int, group: dict, params: Sequence[torch.Tensor], first: int) -> None:
+        rule, layer = self.rule, group["layer"]
+        stats = rule.layerwise and group["adapt"]
+        slot = self.slots[-1].stop if self.slots else 0
+        if layer == "group" and rule.layerwise and params:
+            spans = tuple(Span(first + i, 0, p.numel()) for i, p in enumerate(params))
+            self.layers.append(LayerSpec(spans, number, stats))
+            self.slots += [range(slot + i, slot + i + 1) for i in range(len(params))]
+            self.layer_slots.append(range(slot, slot + len(params)))
+            return
+        for i, p in enumerate(params):
+            sizes = cut_rows(p.shape, layer if rule.layerwise else "tensor")
+            start = 0
+            for k, size in enumerate(sizes, slot):
+                self.layers.append(LayerSpec((Span(first + i, start, size),), number, stats))
+                self.layer_slots.append(range(k, k + 1))
+                start += size
+            self.slots.append(range(slot, slot + len(sizes)))
+            slot += len(sizes)
+
+    def adopt(self, state: dict) -> None:
+        """Makes the entries of `state` that are missing, and gathers steps and layer scalars into packed tensors.
+
+        Raises:
+            ValueError: if an entry does not fit its parameter.
+        """
+        for i, p in enumerate(self.params):
+            entries = state[p]
+            for name in self.rule.states:
+                entries[name] = fitting_state(entries.get(name), p, name)
+            self._pack(entries, "step", self.step[i])
+            if self.rule.scalar:
+                slots = self.slots[i]
+                view = self.scalars[slots.start] if len(slots) == 1 else self.scalars[slots.start : slots.stop]
+                self._pack(entries, self.rule.scalar, view)
+        self.check_steps()
+
+    @staticmethod
+    def _pack(entries: dict, name: str, view: torch.Tensor) -> None:
+        old = entries.get(name)
+        if old is not None:
+            old = torch.as_tensor(old)
+            if old.numel() != view.numel():
+                raise ValueError(f"state {name!r} has {old.numel()} values where the layers of its parameter need {view.numel()}")
+            view.copy_(old.reshape(view.shape))
+        entries[name] = view
+
+    def operand_bytes(self, state: dict) -> list[tuple[int, int, int, int]]:
+        """Per parameter, the bytes of one element of p, g, m and v."""
+        names = (*self.rule.states, None, None)[:2]
+        sizes = []
+        for p in self.params:
+            g = p.element_size() if p.grad is None else p.grad.element_size()
+            sizes.append((p.element_size(), g, *(state[p][n].element_size() if n else 0 for n in names)))
+        return sizes
+
+    def layers_of(self) -> list[list[int]]:
+        """Per parameter, the numbers of the layers that it has a part in."""
+        numbers = [[] for _ in self.params]
+        for number, spec in enumerate(self.layers):
+            for span in spec.spans:
+                numbers[span.tensor].append(number)
+        return numbers
+
+    def check_steps(self) -> None:
+        """Raises ValueError if the tensors of one layer have not taken the same number of steps."""
+        for spec in self.layers:
+            steps = {float(self.step[span.tensor]) for span in spec.spans}
+            if len(steps) > 1:
+                raise ValueError(f"the tensors of a layer='group' must agree in step, got {sorted(steps)}")
+
+
+def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
+    """An elementwise state that lies in memory like its parameter: `old` itself if it does, else a copy, else zeros."""
+    if old is None:
+        return torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False, memory_format=torch.preserve_format)
+    if old.shape != p.shape:
+        raise ValueError(f"state {name!r} has shape {tuple(old.shape)}, its parameter has {tuple(p.shape)}")
+    if not old.is_floating_point():
+        raise ValueError(f"state {name!r} has dtype {old.dtype}, a floating-point type is needed")
+    if old.device == p.device and lies_like(old, p):
+        return old
+    return torch.empty_like(p, dtype=old.dtype, memory_format=torch.preserve_format).copy_(old)
+
+
+def lies_like(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    return all(s == t or n <= 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
+def check_overlap(params: Sequence[torch.Tensor]) -> None:
+    """Raises ValueError if two parameters share memory: a step would update it twice."""
+    ranges = []
+    for p in params:
+        if p.numel():
+            last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            ranges.append((p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), p.device))
+    ranges.sort(key=lambda r: (str(r[2]), r[0]))
+    for one, other in zip(ranges, ranges[1:]):
+        if one[2] == other[2] and other[0] < one[1] and one[0] != 0:
+            raise ValueError(
+                f"two parameters share memory at {other[0]:#x}: pass one of them, or give each a storage of its own (p.data = p.data.clone())"
+            )
