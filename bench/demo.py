@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,7 @@ CONTENDERS = {
     "Adam": Contender(3e-3),
     "AdamW": Contender(3e-3),
     "AdaBelief": Contender(3e-3),
-    "AdaM3": Contender(3e-3),
+    "AdaM3": Contender(1e-3),
     "LARS": Contender(3.0, decay=1e-4),
     "LAMB": Contender(1e-2, decay=0.01),
     "LAMBC": Contender(1e-2, decay=0.0),
@@ -148,10 +149,11 @@ def run_all(task, names):
     task.bar.write(LINE.format("optimizer", "test accuracy", "lr", "steps/s", "optimizer ms/step"))
     for name in names:
         task.bar.set_description(f"{name:19}")
-        family = name.partition(":")[0]  # foreach and fused are the same mathematics: one search serves both
-        if family not in searched:
-            searched[family] = search(task, name)
-        lr, grid = searched[family]
+        # foreach and fused are the same mathematics: one search, by fused, serves both
+        searcher = name.replace(":foreach", ":fused")
+        if searcher not in searched:
+            searched[searcher] = search(task, searcher)
+        lr, grid = searched[searcher]
         row, seen = compete(task, name, lr)
         rows[name], ratios = {"lr": lr, "grid": grid} | row, ratios | seen
         task.bar.write(line(name, rows[name]))
@@ -201,9 +203,10 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     data = digits.load(args.seed)
-    searches = len({name.partition(":")[0] for name in args.names})
+    searches = len({name.replace(":foreach", ":fused") for name in args.names})
     total = args.steps * len(args.names) + len(FACTORS) * args.search_steps * searches
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+    every = 0.1 if sys.stderr.isatty() else 10  # seconds; a log keeps each state of the bar as a line
+    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=every, maxinterval=every) as bar:
         task = Task(data, args.seed, args.batch, args.steps, args.search_steps, bar)
         rows, ratios = run_all(task, args.names)
     result = document(args, data, rows, ratios, time.perf_counter() - start)

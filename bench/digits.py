@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Digits(NamedTuple):
 
 
 def load(seed=0):
-    """The 1,797 digits in 1,078 / 359 / 360, each class in the same proportion everywhere."""
+    """The 1,797 digits in 1,077 / 360 / 360, each class in the same proportion everywhere."""
     x, y = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
     x, x_val, y, y_val = train_test_split(x, y, test_size=0.25, stratify=y, random_state=seed)
@@ -35,30 +36,27 @@ def load(seed=0):
 
 
 def _split(x, y):
-    # pixels are 0 to 16; channels_last is what makes convolutions of 8 to 32 channels quick here
-    images = torch.tensor(x, dtype=torch.float32).div_(8).sub_(1).view(-1, 1, 8, 8)
-    return Split(images.to(memory_format=torch.channels_last), torch.tensor(y))
+    return Split(torch.tensor(x, dtype=torch.float32).div_(8).sub_(1).view(-1, 1, 8, 8), torch.tensor(y))  # 0 to 16
 
 
 def network(seed=0, width=8):
-    """Five convolutions with GroupNorm and a classifier, 12 thousand parameters in 17 tensors; same seed, same weights.
+    """Four convolutions with GroupNorm and a classifier, 17 thousand parameters in 14 tensors; same seed, same weights.
 
-    GroupNorm, because it has no running means: what is evaluated is what was trained, from the first step on.
+    GroupNorm has no running means, so what is evaluated is what was trained, from the first step on. Pooling rather
+    than strides: the backward of one strided convolution took 3 ms of the step's 12 (one thread, batch 512).
     """
     torch.manual_seed(seed)
-    channels = [1, width, 2 * width, 2 * width, 2 * width, 4 * width]
-    strides = [1, 2, 1, 1, 2]  # 8 x 8 images end as 2 x 2
-    layers = {}
-    for i, stride in enumerate(strides):
-        before, after = channels[i : i + 2]
-        layers[f"conv{i + 1}"] = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
-        layers[f"norm{i + 1}"] = nn.GroupNorm(4, after)
-        layers[f"relu{i + 1}"] = nn.ReLU()
-    layers |= {"flatten": nn.Flatten(), "linear": nn.Linear(4 * channels[-1], CLASSES)}
-    model = nn.Sequential()
-    for name, layer in layers.items():
-        model.add_module(name, layer)
-    return model.to(memory_format=torch.channels_last)
+    channels = [1, width, 2 * width, 4 * width, 4 * width]
+    layers = OrderedDict()
+    for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False), 1):
+        layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        layers[f"norm{i}"] = nn.GroupNorm(4, after)
+        layers[f"relu{i}"] = nn.ReLU()
+        if i <= 2:  # 8 x 8 images end as 2 x 2
+            layers[f"pool{i}"] = nn.AvgPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["linear"] = nn.Linear(4 * channels[-1], CLASSES)
+    return nn.Sequential(layers)
 
 
 def batches(split, size, steps, seed=0):
@@ -70,7 +68,7 @@ def batches(split, size, steps, seed=0):
         if len(order) < size:
             order = torch.randperm(len(split.y), generator=generator)
         chosen, order = order[:size], order[size:]
-        yield split.x[chosen].contiguous(memory_format=torch.channels_last), split.y[chosen]
+        yield split.x[chosen], split.y[chosen]
 
 
 @torch.no_grad()

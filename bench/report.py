@@ -28,7 +28,8 @@ def number(value, unit=1.0):
 
 
 def ratio(value):
-    return "–" if value is None else f"{value:.2f}"
+    """Two decimals, two significant digits below 0.1."""
+    return "–" if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 COLUMNS = {

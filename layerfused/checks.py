@@ -53,6 +53,8 @@ def check_group(group: dict, positive_eps: bool) -> None:
             check_range(name, value, *RANGES[name])
         elif name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
+    if group["adapt"] not in (True, False, None):
+        raise ValueError(f"adapt must be True, False or None, got {group['adapt']!r}")
     if "betas" in group:
         _check_betas(group["betas"])
     if "k" in group and (isinstance(group["k"], bool) or not isinstance(group["k"], int) or group["k"] < 0):

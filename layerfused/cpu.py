@@ -38,14 +38,7 @@ class CpuLaunch:
         self._entries = [state[p] for p in table.params]
         self._reader = _cpu.Reader(table.params, self._entries, rule.entries)
         self._bind()
-        self._written = [*table.params, *self._states(table.params)]
         self._elements = sum(span.count for spec in table.layers for span in spec.spans)
-
-    def _states(self, params: list) -> list:
-        own = {id(p) for p in params}
-        pairs = zip(self.table.params, self._entries, strict=True)
-        names = self.table.rule.states
-        return [entries[name] for p, entries in pairs if id(p) in own for name in names]
 
     def _bind(self) -> None:
         columns, table = [], self.table
@@ -81,11 +74,9 @@ class CpuLaunch:
         return g
 
     def written(self) -> list:
-        """What a step writes: the version counters of these have to count it."""
-        if not self.absent:
-            return self._written
-        params = [p for p in self.table.params if p.grad is not None]
-        return [*params, *self._states(params)]
+        """The parameters that a step writes: raw writes are unseen by autograd unless their versions are counted."""
+        params = self.table.params
+        return [p for p in params if p.grad is not None] if self.absent else params
 
     def run(self, phases: int, rows: list, max_norm: float) -> bool:
         """Runs phases of a step; False if it is skipped because the gradient norm is not finite."""

@@ -3,7 +3,6 @@
 from collections import defaultdict
 
 import torch
-from torch.optim.optimizer import _use_grad_for_differentiable
 
 from . import state_dicts
 from ._cpu import same
@@ -82,6 +81,10 @@ class Optimizer(torch.optim.Optimizer):
     def rule_of(self, group: dict) -> Rule:
         """The rule that serves a group: options that change what is stored choose between variants."""
         return self.rule
+
+    def tag_of(self, group: dict) -> str:
+        """What a group's states mean: belief in the gradient gives states of the same names another meaning."""
+        return self.rule_of(group).name + "_belief" * getattr(self, "belief", False)
 
     def add_param_group(self, group: dict) -> None:
         """Adds a group of parameters, with its own hyper-parameters where the group sets them.
@@ -167,7 +170,6 @@ class Optimizer(torch.optim.Optimizer):
 
     # The step
 
-    @_use_grad_for_differentiable
     def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
         """Takes one step.
 
@@ -191,10 +193,11 @@ class Optimizer(torch.optim.Optimizer):
         max_norm = self.defaults["max_grad_norm"] or 0.0
         phases = self._norm_phase(launches, rows, max_norm, grad_norm)
         happened = True
-        for launch, own in zip(launches, rows, strict=True):
-            happened &= launch.run(phases, own, max_norm)
-            if happened:
-                torch.autograd.graph.increment_version(launch.written())
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for launch, own in zip(launches, rows, strict=True):
+                happened &= launch.run(phases, own, max_norm)
+                if happened:
+                    torch.autograd.graph.increment_version(launch.written())
         if not happened:
             self.skipped_steps += 1
         return loss
@@ -226,9 +229,13 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
             if torch.as_tensor(given).numel() != 1:
                 raise ValueError(f"grad_norm must have one element, got shape {tuple(given.shape)}")
+            if float(given) < 0:
+                raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
             self.grad_norm.fill_(float(given))
         elif not max_norm:
             return Phase.STEP & ~Phase.NORM
+        elif not launches:  # nothing has a gradient
+            self.grad_norm.zero_()
         elif len(self._launches) == 1:
             return Phase.STEP
         else:
@@ -265,7 +272,8 @@ class Optimizer(torch.optim.Optimizer):
         names = {}
         for number, group in enumerate(self.param_groups):
             given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-            names |= {name: found[p] for name, p in zip(given, group["params"], strict=True)}
+            for i, (name, p) in enumerate(zip(given, group["params"], strict=True)):
+                names[f"{number}.{i}" if name in names else name] = found[p]  # two models may share names
         return names
 
     def traffic(self) -> dict[str, int]:
@@ -288,7 +296,7 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """torch's state_dict, with the name of each group's rule."""
         self._current()
-        return state_dicts.tagged(super().state_dict(), [self.rule_of(group).name for group in self.param_groups])
+        return state_dicts.tagged(super().state_dict(), [self.tag_of(group) for group in self.param_groups])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what `state_dict()` of this class gave, or torch.optim's SGD, Adam or AdamW for ours.
@@ -300,6 +308,9 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: for a state_dict of another optimizer or other shapes; the optimizer is then as it was.
         """
         state_dicts.load(self, state_dict)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "grad_norm": self.grad_norm.detach(), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

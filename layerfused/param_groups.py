@@ -29,7 +29,8 @@ def param_groups(model: nn.Module, weight_decay: float = 0.01, *, skip: Sequence
             (rest if small else matrices).append((name, p))
     if not matrices and not rest:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
-    return [
+    groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0, "adapt": None},
     ]
+    return [group if group["params"] else {**group, "param_names": []} for group in groups]  # torch: all named or none

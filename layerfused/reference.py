@@ -109,7 +109,8 @@ def rectification(beta2, t):
 def adabelief(p, g, s, h, t, adapt):
     """AdaBelief (arXiv 2010.07468; author code adabelief-pytorch 0.2): eps accumulates in the state.
 
-    Rectified, the step has no denominator while RAdam's length is below 5 [code], and eps enters as without [ours].
+    Rectified, the step has no denominator while RAdam's length is below 5 [code]; later the outer eps stands beside
+    sqrt(ic2*v) as without rectification, not beside sqrt(v) [ours].
     """
     g, m, ic1, ic2 = momentum(p, g, s, h, t)
     v = s["exp_avg_var"] = ema(s["exp_avg_var"], (g - m) ** 2, h.beta2) + h.eps

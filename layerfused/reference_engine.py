@@ -41,15 +41,16 @@ class ReferenceLaunch:
     def run(self, phases: int, rows: list, max_norm: float) -> bool:
         """A whole step, or the phase NORM alone; False if the step is skipped because the norm is not finite."""
         if phases & Phase.NORM:
-            self.norm.copy_(global_norm([p.grad.detach() for p in self.table.params if p.grad is not None]))
+            self.norm.copy_(global_norm([p.grad for p in self.table.params if p.grad is not None]))
         if phases == Phase.NORM:
             return True
         if phases | Phase.NORM != Phase.STEP:
             raise ValueError("the reference engine runs whole steps only")
-        norm = float(self.norm) if max_norm > 0 else 0.0
+        norm = float(self.norm.detach()) if max_norm > 0 else 0.0
         if not norm < float("inf"):
             return False
-        factor = max_norm / norm if norm > max_norm else 1.0
+        traced = self.norm.clone() if torch.is_grad_enabled() else norm  # differentiable=True: the clip has a derivative
+        factor = max_norm / traced if norm > max_norm else 1.0
         updates = [self._update(n, spec, rows[spec.group], factor) for n, spec in enumerate(self.table.layers)]
         self._write([update for update in updates if update])
         return True
@@ -78,10 +79,10 @@ class ReferenceLaunch:
             scatter(spans, p, params)
             for name in rule.states:
                 scatter(spans, s[name], [self.state[q][name] for q in params])
+            if rule.scalar:
+                slots = table.layer_slots[number]
+                table.scalars[slots.start : slots.stop] = s[rule.scalar]
             with torch.no_grad():
-                if rule.scalar:
-                    slots = table.layer_slots[number]
-                    table.scalars[slots.start : slots.stop] = s[rule.scalar].detach()
                 for k, name in enumerate(rule.report):
                     table.report[number, k] = torch.as_tensor(report[name]).detach()
         tensors = {span.tensor for number, *_ in updates for span in table.layers[number].spans}
@@ -91,7 +92,8 @@ class ReferenceLaunch:
 
 def gather(spans: list[Span], tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The elements of one layer, flat, in the computing type."""
-    pieces = [x.reshape(-1)[s.start : s.start + s.count].to(dtype) for s, x in zip(spans, tensors, strict=True)]
+    copy = torch.is_grad_enabled()  # what autograd keeps of the old values must outlive the writing of the new ones
+    pieces = [x.reshape(-1)[s.start : s.start + s.count].to(dtype, copy=copy) for s, x in zip(spans, tensors, strict=True)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -36,3 +36,11 @@ class SGD(Optimizer):
 
     def rule_of(self, group):
         return self.rule if group["momentum"] else self.plain
+
+    def state_dict(self):
+        """As `Optimizer.state_dict`; a buffer that no step has filled is None, or torch's SGD would damp its first step."""
+        saved = super().state_dict()
+        for key, own in saved["state"].items():
+            if isinstance(own, dict) and "momentum_buffer" in own and not own["step"]:
+                saved["state"][key] = {**own, "momentum_buffer": None}
+        return saved

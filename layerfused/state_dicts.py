@@ -1,12 +1,14 @@
 """Loading and saving: our own layout, which is torch's where the quantities are torch's."""
 
 from collections import OrderedDict
+from copy import deepcopy
 
 import torch
 
 from .checks import check_group
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")  # keys they keep in groups
+KEPT = (*SCHEDULERS, "param_names")
 
 
 def tagged(state_dict: dict, rules: list[str]) -> dict:
@@ -30,8 +32,9 @@ def load(optimizer, state_dict: dict) -> None:
     entries = {}
     for group, theirs in zip(new_groups, saved, strict=True):
         rule = optimizer.rule_of(group)
-        if theirs.get("rule", rule.name) != rule.name:
-            raise ValueError(f"the state_dict is of rule {theirs['rule']!r}, this optimizer's is {rule.name!r}")
+        tag = optimizer.tag_of(group)
+        if theirs.get("rule", tag) != tag:
+            raise ValueError(f"the state_dict is of rule {theirs['rule']!r}, this optimizer's is {tag!r}")
         for p, index in zip(group["params"], theirs["params"], strict=True):
             entries[p] = _entries(rule, p, state_dict["state"].get(index, {}))
     _exchange(optimizer, new_groups, entries)
@@ -42,7 +45,8 @@ def load(optimizer, state_dict: dict) -> None:
 def _merged(optimizer, mine: dict, theirs: dict) -> dict:
     if theirs.get("amsgrad"):
         raise ValueError("the state_dict was saved with amsgrad=True, which has no counterpart here")
-    kept = {key: value for key, value in theirs.items() if (key in mine or key in SCHEDULERS) and key != "params"}
+    kept = {key: value for key, value in theirs.items() if (key in mine or key in KEPT) and key != "params"}
+    kept = deepcopy(kept)  # an lr that is a tensor must not be shared with another optimizer
     if isinstance(kept.get("betas"), list):
         kept["betas"] = tuple(kept["betas"])
     group = {**mine, **kept}
@@ -67,6 +71,8 @@ def _entries(rule, p: torch.Tensor, saved: dict) -> dict:
             f"the state_dict has {', '.join(sorted(saved)) or 'nothing'}"
         )
     for name in rule.states:
+        if name in saved and not torch.is_tensor(saved[name]):
+            raise ValueError(f"state {name!r} must be a tensor, got {saved[name]!r}")
         if name in saved and saved[name].shape != p.shape:
             raise ValueError(f"state {name!r} has shape {tuple(saved[name].shape)}, its parameter has {tuple(p.shape)}")
     return {name: torch.as_tensor(value).detach().to(p.device, copy=True) for name, value in saved.items()}

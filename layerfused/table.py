@@ -25,7 +25,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def rows_outermost(tensor: torch.Tensor) -> bool:
     """Whether each index of dimension 0 is a stretch of memory of its own."""
-    return tensor.shape[0] <= 1 or tensor.numel() == 0 or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+    return tensor.ndim == 0 or tensor.shape[0] <= 1 or tensor.numel() == 0 or tensor.stride(0) * tensor.shape[0] == tensor.numel()
 
 
 class Table:
@@ -123,6 +123,8 @@ class Table:
     def check_steps(self) -> None:
         """Raises ValueError if the tensors of one layer have not taken the same number of steps."""
         for spec in self.layers:
+            if len(spec.spans) == 1:
+                continue  # agrees with itself; reading it would synchronise
             steps = {float(self.step[span.tensor]) for span in spec.spans}
             if len(steps) > 1:
                 raise ValueError(f"the tensors of a layer='group' must agree in step, got {sorted(steps)}")

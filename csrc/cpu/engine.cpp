@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cpu/loops.h"
 #include "cpu/threads.h"
 
 namespace layerfused {
@@ -32,21 +33,7 @@ double sum_tree(int64_t lo, int64_t hi, Term&& term) {
   return sum_tree(lo, middle, term) + sum_tree(middle, hi, term);
 }
 
-void to_float(float* to, const char* from, int64_t storage, int64_t n) {
-  const auto* half = reinterpret_cast<const uint16_t*>(from);
-  if (storage == BF16)
-    for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(half[i]);
-  else
-    for (int64_t i = 0; i < n; ++i) to[i] = fp16_to_float(half[i]);
-}
-
-void from_float(char* to, const float* from, int64_t storage, int64_t n) {
-  auto* half = reinterpret_cast<uint16_t*>(to);
-  if (storage == BF16)
-    for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(from[i]);
-  else
-    for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(from[i]);
-}
+alignas(64) float zeros[TILE] = {};  // what a sweep sees of an operand that it does not read
 
 // One operand of a chunk, tile by tile: fp32 in place, other types through a buffer, an operand not read as zeros.
 struct Window {
@@ -56,7 +43,7 @@ struct Window {
   float* buffer = nullptr;
 
   float* open(int64_t n) {
-    if (!read && !written) return buffer;  // zeros
+    if (!at) return zeros;
     if (storage == FP32) return reinterpret_cast<float*>(at);
     to_float(buffer, at, storage, n);
     return buffer;
@@ -109,10 +96,11 @@ bool Engine::run(unsigned phases, const double* groups, double max_norm, int thr
 // Items are claimed in order, so that whatever an item waits for has been claimed: no deadlock for any team.
 void Engine::work() {
   const int64_t items = int64_t(items_.size());
-  for (int64_t i; (i = ticket_.fetch_add(1, std::memory_order_relaxed)) < items;) run_item(items_[i]);
+  Started started;
+  for (int64_t i; (i = ticket_.fetch_add(1, std::memory_order_relaxed)) < items;) run_item(items_[i], started);
 }
 
-void Engine::run_item(const Item& item) {
+void Engine::run_item(const Item& item, Started& started) {
   if (item.kind == Kind::norm) {
     if (phases_ & NORM) norm_chunk(chunks_[item.index], item.index);
     return;
@@ -126,10 +114,10 @@ void Engine::run_item(const Item& item) {
     const Layer& layer = layers_[item.index];
     const int64_t last = layer.first + layer.chunks - 1;
     if (phases_ & REDUCE) {
-      for (int64_t c = layer.first; c <= last; ++c) reduce_chunk(chunks_[c], c);
+      for (int64_t c = layer.first; c <= last; ++c) reduce_chunk(chunks_[c], c, started);
       combine(item.index);
     }
-    if (phases_ & FINISH) finish(item.index);
+    if (phases_ & FINISH) finish(item.index, started);
     if (phases_ & APPLY)
       for (int64_t c = last; c >= layer.first; --c) apply_chunk(chunks_[c]);  // the last is still in cache
     return;
@@ -138,14 +126,14 @@ void Engine::run_item(const Item& item) {
   const Layer& layer = layers_[chunk.layer];
   Arrivals& arrivals = arrivals_[chunk.layer];
   if (item.kind == Kind::reduce && (phases_ & REDUCE)) {
-    reduce_chunk(chunk, item.index);
+    reduce_chunk(chunk, item.index, started);
     // releases this chunk's partials (and moments), acquires everybody's for the last to arrive
     if (arrivals.count.fetch_add(1, std::memory_order_acq_rel) + 1 < layer.chunks) return;
     combine(chunk.layer);
-    if (phases_ & FINISH) finish(chunk.layer);
+    if (phases_ & FINISH) finish(chunk.layer, started);
     arrivals.ready.store(true, std::memory_order_release);  // publishes stats and scalars to `apply`
   } else if (item.kind == Kind::apply && (phases_ & APPLY)) {
-    if (!has_stats(layer)) return apply_elementwise(chunk);
+    if (!has_stats(layer)) return apply_elementwise(chunk, started);
     if (phases_ & REDUCE) wait_until([&] { return arrivals.ready.load(std::memory_order_acquire); });
     apply_chunk(chunk);
   }
@@ -161,19 +149,24 @@ int64_t Engine::live_elements(const Layer& layer) const {
 
 double Engine::time(const Layer& layer) const { return double(out.step[chunks_[layer.first].tensor]) + 1; }
 
+const Scalars& Engine::start(const Layer& layer, Started& started) const {
+  if (started.group != group(layer) || started.t != time(layer)) {
+    started.group = group(layer), started.t = time(layer);
+    kernels_.start(started.group, started.t, started.scalars);
+  }
+  return started.scalars;
+}
+
 template <class Run>
 void Engine::sweep(const Chunk& chunk, Sweep operands, Run&& run) {
-  alignas(64) float buffers[4][TILE];
+  alignas(64) float buffers[4][TILE];  // no page of it is touched unless an operand has 16 bits
   const Column* columns[4] = {&p, &g, &m, &v};
   Window all[4];
   for (int k = 0; k < 4; ++k) {
     Window& one = all[k];
     one.read = operands.reads & (1u << k), one.written = operands.writes & (1u << k);
+    if (!one.read && !one.written) continue;
     one.buffer = buffers[k];
-    if (!one.read && !one.written) {
-      std::fill(buffers[k], buffers[k] + std::min(chunk.count, TILE), 0.0f);
-      continue;
-    }
     one.storage = columns[k]->storage[chunk.tensor];
     one.at = reinterpret_cast<char*>(columns[k]->address[chunk.tensor]) + chunk.start * size_of(one.storage);
   }
@@ -187,9 +180,7 @@ void Engine::sweep(const Chunk& chunk, Sweep operands, Run&& run) {
 void Engine::norm_chunk(const Chunk& chunk, int64_t slot) {
   double lanes[LANES] = {};
   if (g.address[chunk.tensor])
-    sweep(chunk, {G, 0}, [&](const Tile& tile, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) lanes[i % LANES] += double(tile.g[i]) * double(tile.g[i]);
-    });
+    sweep(chunk, {G, 0}, [&](const Tile& tile, int64_t n) { add_squares(lanes, tile.g, n); });
   norm_partials_[slot] = sum_tree(0, LANES, [&](int64_t j) { return lanes[j]; });
   if (norm_arrivals_.count.fetch_add(1, std::memory_order_acq_rel) + 1 < int64_t(chunks_.size())) return;
   *out.norm = std::sqrt(sum_tree(0, int64_t(chunks_.size()), [&](int64_t c) { return norm_partials_[c]; }));
@@ -204,12 +195,11 @@ void Engine::clip() {
   factor_ = norm > max_norm_ ? max_norm_ / norm : 1;
 }
 
-void Engine::reduce_chunk(const Chunk& chunk, int64_t slot) {
+void Engine::reduce_chunk(const Chunk& chunk, int64_t slot, Started& started) {
   const Layer& layer = layers_[chunk.layer];
   Lanes lanes = empty_lanes();
   if (g.address[chunk.tensor]) {
-    Scalars c;
-    kernels_.start(group(layer), time(layer), c);
+    const Scalars& c = start(layer, started);
     Sweep operands = kernels_.reduce_sweep;
     if (kernels_.coupled(c) != 0) operands.reads |= P;
     const float factor = scale(layer);
@@ -237,7 +227,7 @@ void Engine::combine(int64_t index) {
   }
 }
 
-void Engine::finish(int64_t index) {
+void Engine::finish(int64_t index, Started& started) {
   const Layer& layer = layers_[index];
   const int64_t elements = live_elements(layer);
   if (elements < 0) return;
@@ -245,15 +235,16 @@ void Engine::finish(int64_t index) {
   const Total total{out.stats + index * kernels_.stats(), double(elements), time(layer), has_stats(layer), state,
                     out.report + index * kernels_.reports};
   Scalars& c = scalars_[index];
-  kernels_.start(group(layer), total.t, c);
+  c = start(layer, started);
   kernels_.finish(group(layer), total, c);
   for (int64_t k = 1; state && k < layer.states; ++k) state[k] = *state;  // alike in every member of the layer
 }
 
 void Engine::finish_phase() {
   DefaultFloats floats;
+  Started started;
   for (size_t l = 0; l < layers_.size(); ++l)
-    if (has_stats(layers_[l])) finish(int64_t(l));
+    if (has_stats(layers_[l])) finish(int64_t(l), started);
 }
 
 void Engine::apply_chunk(const Chunk& chunk) {
@@ -264,14 +255,13 @@ void Engine::apply_chunk(const Chunk& chunk) {
 }
 
 // A layer without stats has nothing to wait for: each of its chunks finishes for itself.
-void Engine::apply_elementwise(const Chunk& chunk) {
+void Engine::apply_elementwise(const Chunk& chunk, Started& started) {
   if (!g.address[chunk.tensor]) return;
   const Layer& layer = layers_[chunk.layer];
   double ignored[MAX_REPORTS];
   double* report = &chunk == &chunks_[layer.first] ? out.report + chunk.layer * kernels_.reports : ignored;
   double* state = out.state ? out.state + layer.state : nullptr;
-  Scalars c;
-  kernels_.start(group(layer), time(layer), c);
+  Scalars c = start(layer, started);
   kernels_.finish(group(layer), {nullptr, double(layer.elements), time(layer), false, state, report}, c);
   const float factor = scale(layer);
   sweep(chunk, kernels_.both_sweep(), [&](const Tile& tile, int64_t n) { kernels_.both(c, factor, tile, n); });

@@ -48,15 +48,23 @@ class Engine {
     std::atomic<bool> ready{false};
   };
 
+  // The scalars of the last group and step a worker began: most items share them with the item before.
+  struct Started {
+    const double* group = nullptr;
+    double t = 0;
+    Scalars scalars;
+  };
+
   void work();
-  void run_item(const Item&);
+  void run_item(const Item&, Started&);
+  const Scalars& start(const Layer&, Started&) const;
   void norm_chunk(const Chunk&, int64_t slot);
   void clip();
-  void reduce_chunk(const Chunk&, int64_t slot);
+  void reduce_chunk(const Chunk&, int64_t slot, Started&);
   void combine(int64_t layer);
-  void finish(int64_t layer);
+  void finish(int64_t layer, Started&);
   void apply_chunk(const Chunk&);
-  void apply_elementwise(const Chunk&);
+  void apply_elementwise(const Chunk&, Started&);
   void finish_phase();
   void advance();
   int64_t live_elements(const Layer&) const;

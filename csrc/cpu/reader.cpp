@@ -12,75 +12,102 @@ namespace {
 
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
-// The exchange table of this tensor type, looked up once per type; nullptr where torch has none.
-const dlpack::Exchange* exchange_of(PyObject* tensor) {
-  static PyTypeObject* last = nullptr;
-  static const dlpack::Exchange* table = nullptr;
-  if (Py_TYPE(tensor) == last) return table;
+const dlpack::Exchange* find_exchange(PyTypeObject* type) {
   static PyObject* attribute = name("__dlpack_c_exchange_api__");
-  const auto capsule = py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject*)Py_TYPE(tensor), attribute));
-  table = nullptr;
+  const dlpack::Exchange* table = nullptr;
+  const auto capsule = py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), attribute));
   if (capsule && PyCapsule_CheckExact(capsule.ptr()))
     table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   PyErr_Clear();
-  if (table && (table->version.major != 1 || !table->look)) table = nullptr;
-  last = Py_TYPE(tensor);
-  return table;
+  return table && table->version.major == 1 && table->look ? table : nullptr;
 }
 
-bool look_by_exchange(const dlpack::Exchange& table, PyObject* tensor, Layout& out) {
-  dlpack::Tensor view;
-  if (table.look(tensor, &view) != 0) return PyErr_Clear(), false;
-  out.address = reinterpret_cast<int64_t>(view.data) + static_cast<int64_t>(view.byte_offset);
-  out.cpu = view.device.type == dlpack::CPU;
-  out.storage = NOT_SERVED;
-  if (view.type.code == dlpack::FLOAT && view.type.bits == 32) out.storage = FP32;
-  if (view.type.code == dlpack::BFLOAT && view.type.bits == 16) out.storage = BF16;
-  if (view.type.code == dlpack::FLOAT && view.type.bits == 16) out.storage = FP16;
-  out.shape.assign(view.shape, view.shape + view.dimensions);
-  out.strides.assign(view.strides, view.strides + view.dimensions);
-  return true;
+// The exchange table of a tensor's type, nullptr where torch has none. Two types alternate, Parameter and Tensor.
+const dlpack::Exchange* exchange_of(PyObject* tensor) {
+  static struct { PyTypeObject* type; const dlpack::Exchange* table; } known[2];
+  PyTypeObject* type = Py_TYPE(tensor);
+  if (known[0].type == type) return known[0].table;
+  if (known[1].type != type) {
+    Py_INCREF(type);  // never freed, so that no other type can take its address
+    known[1] = {type, find_exchange(type)};
+  }
+  std::swap(known[0], known[1]);
+  return known[0].table;
 }
 
-bool look_by_methods(PyObject* tensor, Layout& out) {
+int64_t storage_of(const dlpack::Tensor& view) {
+  if (view.type.code == dlpack::FLOAT && view.type.bits == 32) return FP32;
+  if (view.type.code == dlpack::BFLOAT && view.type.bits == 16) return BF16;
+  if (view.type.code == dlpack::FLOAT && view.type.bits == 16) return FP16;
+  return NOT_SERVED;
+}
+
+// The same view by method calls, its sizes kept in `sizes`; false for a tensor without strides (sparse), of which
+// Python says what is wrong with it.
+bool look_by_methods(PyObject* tensor, dlpack::Tensor& view, std::vector<int64_t>& sizes) {
   try {
     const py::handle t(tensor);
     const std::string type = py::str(t.attr("dtype"));
-    out.address = t.attr("data_ptr")().cast<int64_t>();
-    out.cpu = t.attr("device").attr("type").cast<std::string>() == "cpu";
-    out.storage = NOT_SERVED;
-    if (type == "torch.float32") out.storage = FP32;
-    if (type == "torch.bfloat16") out.storage = BF16;
-    if (type == "torch.float16") out.storage = FP16;
-    out.shape.clear(), out.strides.clear();
-    for (auto size : t.attr("shape")) out.shape.push_back(size.cast<int64_t>());
-    for (auto stride : t.attr("stride")()) out.strides.push_back(stride.cast<int64_t>());
+    view.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<int64_t>());
+    view.byte_offset = 0;
+    view.device.type = t.attr("device").attr("type").cast<std::string>() == "cpu" ? dlpack::CPU : 0;
+    view.type.bits = type == "torch.float32" ? 32 : type == "torch.float16" || type == "torch.bfloat16" ? 16 : 0;
+    view.type.code = type == "torch.bfloat16" ? dlpack::BFLOAT : dlpack::FLOAT;
+    sizes.clear();
+    for (auto size : t.attr("shape")) sizes.push_back(size.cast<int64_t>());
+    view.dimensions = static_cast<int32_t>(sizes.size());
+    for (auto stride : t.attr("stride")()) sizes.push_back(stride.cast<int64_t>());
+    view.shape = sizes.data(), view.strides = sizes.data() + view.dimensions;
     return true;
-  } catch (py::error_already_set&) {  // a layout without strides (sparse): Python says what is wrong with it
+  } catch (py::error_already_set&) {
     return false;
   }
 }
 
-}  // namespace
+bool look(PyObject* tensor, dlpack::Tensor& view) {
+  if (const dlpack::Exchange* table = exchange_of(tensor)) return table->look(tensor, &view) == 0 || (PyErr_Clear(), false);
+  static std::vector<int64_t> sizes;  // under the GIL, and read before the next look
+  return look_by_methods(tensor, view, sizes);
+}
 
-bool Reader::look(PyObject* tensor, Layout& out) {
-  const dlpack::Exchange* table = exchange_of(tensor);
-  if (!(table ? look_by_exchange(*table, tensor, out) : look_by_methods(tensor, out))) return false;
-  for (size_t k = 0; k < out.shape.size(); ++k)
-    if (out.shape[k] <= 1) out.strides[k] = 0;  // says nothing about where the elements lie
+int64_t address_of(const dlpack::Tensor& view) {
+  return reinterpret_cast<int64_t>(view.data) + static_cast<int64_t>(view.byte_offset);
+}
+
+// The stride of a dimension of size 1 says nothing about where elements lie.
+bool lies_like(const dlpack::Tensor& view, const Layout& expected) {
+  const size_t n = expected.shape.size();
+  if (size_t(view.dimensions) != n || view.device.type != dlpack::CPU) return false;
+  for (size_t k = 0; k < n; ++k)
+    if (view.shape[k] != expected.shape[k] || (view.strides[k] != expected.strides[k] && view.shape[k] > 1)) return false;
   return true;
 }
+
+}  // namespace
 
 Reader::Reader(py::list parameters, py::list states, py::tuple names)
     : p(parameters.size()), g(parameters.size()), p_storage(parameters.size()), g_storage(parameters.size()),
       parameters_(parameters), states_(states), names_(names), expected_(parameters.size()) {
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    if (!look(parameters_[i].ptr(), expected_[i])) throw py::value_error("parameter " + std::to_string(i) + " has no layout");
-    p_storage[i] = g_storage[i] = expected_[i].storage;
-    for (auto key : names_) {
-      entries_.push_back(py::reinterpret_borrow<py::object>(states_[i][key]));
-    }
+    dlpack::Tensor view;
+    if (!look(parameters_[i].ptr(), view)) throw py::value_error("parameter " + std::to_string(i) + " has no strides");
+    expected_[i].shape.assign(view.shape, view.shape + view.dimensions);
+    expected_[i].strides.assign(view.strides, view.strides + view.dimensions);
+    p[i] = address_of(view);
+    p_storage[i] = g_storage[i] = storage_of(view);
+    for (auto key : names_) entries_.push_back(py::reinterpret_borrow<py::object>(states_[i][key]));
   }
+}
+
+// Whether the engine's entries in a parameter's state are the objects they were.
+bool Reader::keeps_states(size_t i) const {
+  const Py_ssize_t names = PyTuple_GET_SIZE(names_.ptr());
+  PyObject* state = PyList_GET_ITEM(states_.ptr(), Py_ssize_t(i));
+  for (Py_ssize_t k = 0; k < names; ++k) {
+    PyObject* entry = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(names_.ptr(), k));
+    if (entry != entries_[i * size_t(names) + size_t(k)].ptr()) return false;
+  }
+  return true;
 }
 
 py::tuple Reader::read() {
@@ -88,31 +115,24 @@ py::tuple Reader::read() {
   py::list changed, odd;
   bool moved = false;
   int64_t absent = 0;
-  Layout now;
-  auto entry = entries_.begin();
+  dlpack::Tensor view;
   for (size_t i = 0; i < expected_.size(); ++i) {
-    const Layout& expected = expected_[i];
     PyObject* parameter = PyList_GET_ITEM(parameters_.ptr(), Py_ssize_t(i));
-    bool intact = look(parameter, now) && now.storage == expected.storage && now.cpu == expected.cpu && now.same_shape(expected);
-    moved |= p[i] != now.address;
-    p[i] = now.address;
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(names_.ptr()); ++k, ++entry)
-      intact &= PyDict_GetItem(PyList_GET_ITEM(states_.ptr(), Py_ssize_t(i)), PyTuple_GET_ITEM(names_.ptr(), k)) == entry->ptr();
-    if (!intact) changed.append(i);
+    if (!look(parameter, view) || storage_of(view) != p_storage[i] || !lies_like(view, expected_[i]) || !keeps_states(i))
+      changed.append(i);
+    moved |= p[i] != address_of(view);
+    p[i] = address_of(view);
     const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, grad));
     if (!gradient) throw py::error_already_set();
     g[i] = 0;
     if (gradient.is_none()) {
       ++absent;
-      continue;
-    }
-    const bool serves = look(gradient.ptr(), now) && now.storage >= 0 && now.cpu == expected.cpu && now.same_shape(expected);
-    if (!serves) {
+    } else if (look(gradient.ptr(), view) && storage_of(view) != NOT_SERVED && lies_like(view, expected_[i])) {
+      g[i] = address_of(view) ? address_of(view) : -1;  // an empty gradient is there, though it has no memory
+      g_storage[i] = storage_of(view);
+    } else {
       odd.append(i);
-      continue;
     }
-    g[i] = now.address ? now.address : -1;  // an empty gradient is there, though it has no memory
-    g_storage[i] = now.storage;
   }
   return py::make_tuple(changed, odd, moved, absent);
 }

@@ -13,12 +13,9 @@ namespace layerfused {
 
 constexpr int64_t NOT_SERVED = -1;  // a storage type that no engine serves
 
-// What is expected of, and compared between, a parameter and its gradient.
+// How a parameter lies in memory, and so how its gradient has to lie.
 struct Layout {
-  int64_t address = 0, storage = NOT_SERVED;
-  bool cpu = false;
   std::vector<int64_t> shape, strides;
-  bool same_shape(const Layout& other) const { return shape == other.shape && strides == other.strides; }
 };
 
 class Reader {
@@ -36,7 +33,7 @@ class Reader {
   std::vector<int64_t> p, g, p_storage, g_storage;
 
  private:
-  bool look(PyObject* tensor, Layout& out);
+  bool keeps_states(size_t i) const;
 
   pybind11::list parameters_, states_;
   pybind11::tuple names_;

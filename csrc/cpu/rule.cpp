@@ -1,19 +1,10 @@
 // One rule for the CPU: compiled once for each header of csrc/rules, named on the command line.
 #include LAYERFUSED_RULE_HEADER
 
-#include <limits>
 #include <type_traits>
 
+#include "cpu/clones.h"
 #include "cpu/kernels.h"
-
-// The same source for three instruction sets, chosen when the module is loaded; elsewhere one plain build. Results
-// are the same bits: no contraction, no reassociation, and lanes that do not depend on the vector width.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__) && !defined(LAYERFUSED_NO_CLONES)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
 
 #define RULE_LAMBDA __attribute__((always_inline))
 
@@ -52,7 +43,31 @@ RULE_FN void store(const Tile& tile, int64_t i, const Element& x) {
   if constexpr (writes & V) tile.v[i] = x.v;
 }
 
-// One lane's view of the accumulators.
+// Asks for what the sweep will read soon: the hardware's own prefetchers stop at the end of every 4 KiB page. Measured
+// on AdamW from DRAM: 1.16 to 1.04 ns an element on one core.
+template <unsigned reads>
+RULE_FN void prefetch(const Tile& tile, int64_t i) {
+  constexpr int64_t distance = 384;  // elements
+  if constexpr (reads & P) __builtin_prefetch(tile.p + i + distance);
+  if constexpr (reads & G) __builtin_prefetch(tile.g + i + distance);
+  if constexpr (reads & M) __builtin_prefetch(tile.m + i + distance);
+  if constexpr (reads & V) __builtin_prefetch(tile.v + i + distance);
+}
+
+// Calls element(i, lane) for each i below n. The lanes of a row are what the vectoriser works on.
+template <unsigned reads, class F>
+RULE_FN void for_each(const Tile& tile, int64_t n, F&& element) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    prefetch<reads>(tile, i);
+#pragma GCC ivdep
+#pragma GCC unroll 1  // unrolled before the vectoriser sees it, this loop becomes scalar code (5 times slower)
+    for (int j = 0; j < LANES; ++j) element(i + j, j);
+  }
+  for (int j = 0; i + j < n; ++j) element(i + j, j);
+}
+
+// The accumulators of a chunk, as one lane sees them.
 template <class R>
 struct Lane {
   double (&sum)[R::sums > 0 ? R::sums : 1][LANES];
@@ -64,6 +79,7 @@ struct Lane {
 
 template <class R>
 CLONES void reduce(const Scalars& erased, float scale, const Tile& operands, int64_t n, Lanes& lanes) {
+  constexpr unsigned reads = with_p<R>(R::reduce_sweep.reads);
   const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
   const Tile tile = operands;
   double sum[R::sums > 0 ? R::sums : 1][LANES];
@@ -72,18 +88,13 @@ CLONES void reduce(const Scalars& erased, float scale, const Tile& operands, int
     for (int j = 0; j < LANES; ++j) sum[k][j] = lanes.sum[k][j];
   for (int k = 0; k < R::minima; ++k)
     for (int j = 0; j < LANES; ++j) minimum[k][j] = lanes.least[k][j];
-  const auto element = [&](int64_t i, int j) RULE_LAMBDA {
-    Element x = load<R, with_p<R>(R::reduce_sweep.reads)>(c, scale, tile, i);
+  for_each<reads>(tile, n, [&](int64_t i, int j) RULE_LAMBDA {
+    Element x = load<R, reads>(c, scale, tile, i);
     R::moments(c, x);
     Lane<R> out{sum, minimum, j};
     R::stats(c, x, out);
     store<R::reduce_sweep.writes>(tile, i, x);
-  };
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-#pragma GCC ivdep
-    for (int j = 0; j < LANES; ++j) element(i + j, j);
-  for (int j = 0; i + j < n; ++j) element(i + j, j);
+  });
   for (int k = 0; k < R::sums; ++k)
     for (int j = 0; j < LANES; ++j) lanes.sum[k][j] = sum[k][j];
   for (int k = 0; k < R::minima; ++k)
@@ -97,13 +108,12 @@ CLONES void update(const Scalars& erased, float scale, const Tile& operands, int
   constexpr unsigned writes = R::apply_sweep.writes | (with_moments ? R::reduce_sweep.writes : 0);
   const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
   const Tile tile = operands;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for_each<reads>(tile, n, [&](int64_t i, int) RULE_LAMBDA {
     Element x = load<R, reads>(c, scale, tile, i);
     if constexpr (with_moments) R::moments(c, x);
     R::apply(c, x);
     store<writes>(tile, i, x);
-  }
+  });
 }
 
 template <class R>

@@ -1,0 +1,75 @@
+"""What the tests of conduct share: optimizers of the table, small parameters with gradients, comparisons of bits.
+
+EACH     the first case of every class and variant: what conduct may depend on. The other cases differ in numbers only
+ENGINES  the engines that serve float32 parameters on the CPU
+"""
+
+import pytest
+import torch
+from cases import CASES
+from torch.nn import Parameter
+
+import layerfused as lf
+
+EACH = list({(case.cls, case.rule): case for case in reversed(CASES)}.values())[::-1]
+ENGINES = ("auto", "reference")
+SHAPES = ((7, 5), (5,), (), (4, 3, 2, 2))
+
+each_case = pytest.mark.parametrize("case", EACH, ids=lambda case: f"{case.cls}-{case.rule}")
+each_engine = pytest.mark.parametrize("backend", ENGINES)
+
+
+def make(case, params, **more):
+    return getattr(lf, case.cls)(params, **{**case.kwargs, **more})
+
+
+def parameters(*shapes, seed=0, dtype=torch.float32):
+    random = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes or SHAPES]
+
+
+def give(params, seed):
+    """Gradients that depend on the seed and the shapes alone; each lies in memory like its parameter."""
+    random = torch.Generator().manual_seed(1000 + seed)
+    for p in params:
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(torch.randn(p.shape, generator=random))
+
+
+def train(opt, params, seeds):
+    for seed in seeds:
+        give(params, seed)
+        opt.step()
+
+
+def snapshot(opt, params):
+    """Copies of everything a step writes: parameters with their states."""
+    return [(p.detach().clone(), {k: v.detach().clone() for k, v in opt.state.get(p, {}).items()}) for p in params]
+
+
+def raw(x):
+    """The bytes of a tensor in logical order, so that NaN equals itself and -0.0 is not 0.0."""
+    return x.dtype, tuple(x.shape), x.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def same_bits(a, b):
+    return raw(a) == raw(b)
+
+
+def assert_same(got, want):
+    """Two snapshots are the same bits."""
+    assert len(got) == len(want)
+    for (p, own), (q, other) in zip(got, want, strict=True):
+        assert same_bits(p, q)
+        assert own.keys() == other.keys()
+        for name in own:
+            assert same_bits(own[name], other[name]), name
+
+
+def assert_near(p, q, start):
+    """Two runs of one rule in fp32: each keeps within 1e-5 of the way gone and 4e-7 of the start of the exact result."""
+    p, q, start = (x.detach().double() for x in (p, q, start))
+    assert (p - q).norm() <= 2 * (1e-5 * (q - start).norm() + 4e-7 * start.norm())
+
+
+def copies(params):
+    return [Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
