@@ -19,7 +19,8 @@ class AdaBelief(Optimizer):
         decoupled: AdamW's decay (the authors' default) instead of coupled L2.
         rectify: RAdam's rectification (arXiv 1908.03265, section 4.2); while its length is below 5 the step is
             lr * m, bias corrected [code]; eps enters as without it [ours].
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see
+            `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.
@@ -34,7 +35,16 @@ class AdaBelief(Optimizer):
     )
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-16, weight_decay=0.0, *, decoupled=True, rectify=False, **common
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-16,
+        weight_decay=0.0,
+        *,
+        decoupled=True,
+        rectify=False,
+        **common,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled, rectify=rectify)
         super().__init__(params, defaults, **common)

@@ -6,7 +6,7 @@ from .rule import Rule
 
 
 class AdamNorm(Optimizer):
-    """AdamNorm (AdaNorm, arXiv 2210.06364; author code): a gradient shorter than usual is lengthened before it enters m.
+    """AdamNorm (AdaNorm, arXiv 2210.06364; author code): a gradient shorter than usual is lengthened before m takes it.
 
     e = gamma*e + (1 - gamma)*|g| per layer; where e > |g|, m takes g * e/|g|. eps is inside of the state and outside
     of the root. A zero gradient stays (the author code gives NaN) [ours]. `layer_stats()` tells grad_norm, norm_ema
@@ -20,8 +20,8 @@ class AdamNorm(Optimizer):
         weight_decay: >= 0.
         gamma: decay of the running norm, in [0, 1).
         decoupled: AdamW's decay instead of coupled L2.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the group
-            keys `adapt` and `layer`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the
+            group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

@@ -44,7 +44,9 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
     if plain or asked == "reference":
         return "reference"
     if asked in ("cuda", "triton"):
-        raise ValueError(f"backend={asked!r} is not part of this version of layerfused: use 'auto', 'cpu' or 'reference'")
+        raise ValueError(
+            f"backend={asked!r} is not part of this version of layerfused: use 'auto', 'cpu' or 'reference'"
+        )
     lacks = cpu_lacks(group, rule, p)
     if lacks and asked == "cpu":
         raise ValueError(f"backend='cpu' cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")

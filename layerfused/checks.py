@@ -85,7 +85,9 @@ def trust_bounds(clip) -> tuple[float, float]:
         return 0.0, math.inf
     lower, upper = clip if isinstance(clip, (tuple, list)) and len(clip) == 2 else (0.0, clip)
     if not isinstance(lower, Real) or not isinstance(upper, Real) or not 0 <= lower <= upper:
-        raise ValueError(f"trust_clip must be None, an upper bound >= 0, or (lower, upper) with 0 <= lower <= upper, got {clip!r}")
+        raise ValueError(
+            f"trust_clip must be None, an upper bound >= 0, or (lower, upper) with 0 <= lower <= upper, got {clip!r}"
+        )
     return float(lower), float(upper)
 
 
@@ -98,5 +100,6 @@ def check_layer(layer) -> None:
     if isinstance(layer, (tuple, list)) and layer and all(type(n) is int and n >= 1 for n in layer):
         return
     raise ValueError(
-        f"layer must be 'tensor', 'slices', 'group', a number of equal blocks >= 1 or a tuple of row counts >= 1, got {layer!r}"
+        "layer must be 'tensor', 'slices', 'group', a number of equal blocks >= 1 or a tuple of row counts >= 1, "
+        f"got {layer!r}"
     )

@@ -13,7 +13,7 @@ from .table import Table, lies_like
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu/storage.h
 
 CHUNK = 64 * 1024  # elements: four operands of it fit a 2 MiB L2
-WHOLE = 256 * 1024  # layers up to this size are one worker's
+WHOLE = 64 * 1024  # layers up to this size are one worker's: reduced and applied from its own cache
 AHEAD = 4 * CHUNK
 PER_THREAD = 32 * 1024  # with fewer elements than this per thread, waking one costs more than it brings
 
@@ -69,7 +69,9 @@ class CpuLaunch:
         g = check_gradient(p)
         if g.dtype not in STORAGE or not lies_like(g, p):
             dtype = g.dtype if g.dtype in STORAGE else torch.float32
-            g = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(g.detach())
+            g = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(
+                g.detach()
+            )
         self._reader.replace_gradient(i, g.data_ptr() or -1, STORAGE[g.dtype])
         return g
 

@@ -114,7 +114,9 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("a parameter occurs twice in a group: pass each parameter once")
         for p in group["params"]:
             if not p.is_floating_point():
-                raise TypeError(f"parameter of dtype {p.dtype} and shape {tuple(p.shape)}: a real floating-point type is needed")
+                raise TypeError(
+                    f"parameter of dtype {p.dtype} and shape {tuple(p.shape)}: a real floating-point type is needed"
+                )
             if p.layout != torch.strided:
                 raise ValueError(f"parameter with layout {p.layout} is not supported: use a dense one")
 
@@ -218,7 +220,10 @@ class Optimizer(torch.optim.Optimizer):
         """A row per group of the table: the gradient's sign, then what the rule's row holds."""
         rows = []
         for group in table.groups:
-            values = [HALVES[k](group) if k in HALVES else group[k] if k in group else getattr(self, k) for k in table.rule.hyper]
+            values = [
+                HALVES[k](group) if k in HALVES else group[k] if k in group else getattr(self, k)
+                for k in table.rule.hyper
+            ]
             rows.append((-1.0 if group["maximize"] else 1.0, *values))
         return rows
 
@@ -283,7 +288,9 @@ class Optimizer(torch.optim.Optimizer):
             "compulsory": every operand read once and written once; "requested": what the sweeps ask for (what of it
             is found in a cache is the machine's affair); "launches": native calls.
         """
-        counts = [traffic(launch.table, self.state, self.defaults["max_grad_norm"] is not None) for launch in self._current()]
+        counts = [
+            traffic(launch.table, self.state, self.defaults["max_grad_norm"] is not None) for launch in self._current()
+        ]
         totals = {key: sum(count[key] for count in counts) for key in ("compulsory", "requested")}
         return {**totals, "launches": sum(launch.engine != "reference" for launch in self._launches)}
 

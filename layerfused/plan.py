@@ -74,7 +74,9 @@ class Plan(NamedTuple):
 
     def packed(self) -> tuple[array, array, array]:
         """Items, chunks and layers as flat int64 arrays, the form in which engines take them."""
-        return tuple(array("q", (field for row in rows for field in row)) for rows in (self.items, self.chunks, self.layers))
+        return tuple(
+            array("q", (field for row in rows for field in row)) for rows in (self.items, self.chunks, self.layers)
+        )
 
 
 def cut_rows(shape: Sequence[int], layer) -> list[int]:
@@ -96,7 +98,9 @@ def cut_rows(shape: Sequence[int], layer) -> list[int]:
         return [elements]
     rows = shape[0] if shape else 0
     if not shape:
-        raise ValueError(f"layer={layer!r} cuts dimension 0, which a 0-dim parameter has not; use layer='tensor' for it")
+        raise ValueError(
+            f"layer={layer!r} cuts dimension 0, which a 0-dim parameter has not; use layer='tensor' for it"
+        )
     if layer == "slices":
         counts = [1] * rows
     elif isinstance(layer, int):
@@ -125,37 +129,29 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
     """
     if chunk < 1 or whole < 0 or ahead < 0:
         raise ValueError(f"chunk must be >= 1, whole and ahead >= 0, got {chunk}, {whole}, {ahead}")
-    plan = Plan([], [], [])
-    work = []
-    waiting = deque()  # layers that are reduced, with the elements reduced up to then
+    plan, work = Plan([], [], []), []
+    waiting = deque()  # chunks to apply, with the elements that were reduced when their layer was
     reduced = 0
     for number, spec in enumerate(layers):
-        first, layer = len(plan.chunks), _add_layer(plan, spec, number, chunk)
-        chunks = range(first, first + layer.chunks)
-        if not spec.stats:
-            work += [Item(Kind.APPLY, c) for c in chunks]
+        layer = _add_layer(plan, spec, number, chunk)
+        chunks = range(layer.first, layer.first + layer.chunks)
+        if not spec.stats or layer.elements <= whole:
+            work += [Item(Kind.WHOLE, number)] if spec.stats else [Item(Kind.APPLY, c) for c in chunks]
             reduced += layer.elements
-        elif layer.elements <= whole:
-            work.append(Item(Kind.WHOLE, number))
-            reduced += layer.elements
-        else:
-            for c in chunks:
-                work.append(Item(Kind.REDUCE, c))
-                reduced += plan.chunks[c].count
-                while waiting and reduced - waiting[0][1] >= ahead:
-                    work += _applies(waiting.popleft()[0])
-            waiting.append((chunks, reduced))
-    for chunks, _ in waiting:
-        work += _applies(chunks)
+            continue
+        for c in chunks:
+            work.append(Item(Kind.REDUCE, c))
+            reduced += plan.chunks[c].count
+            # the layers before are applied evenly between this one's reduces: one waits for memory, the other computes
+            for _ in range(-(-len(waiting) // (chunks.stop - c))):
+                if reduced - waiting[0][1] >= ahead:
+                    work.append(Item(Kind.APPLY, waiting.popleft()[0]))
+        waiting.extend((c, reduced) for c in reversed(chunks))  # what was reduced last is still in the cache
+    work += [Item(Kind.APPLY, c) for c, _ in waiting]
     if norm:
         plan.items.extend(Item(Kind.NORM, c) for c in range(len(plan.chunks)))
     plan.items.extend(work)
     return plan
-
-
-def _applies(chunks: range) -> list[Item]:
-    """In reverse order: what was reduced last is still in the cache."""
-    return [Item(Kind.APPLY, c) for c in reversed(chunks)]
 
 
 def _add_layer(plan: Plan, spec: LayerSpec, number: int, chunk: int) -> Layer:

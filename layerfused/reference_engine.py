@@ -21,7 +21,9 @@ class ReferenceLaunch:
         self._layouts = self._look()
 
     def _look(self) -> list:
-        return [(p.shape, p.stride(), p.dtype, p.device, [id(e) for e in self.state[p].values()]) for p in self.table.params]
+        return [
+            (p.shape, p.stride(), p.dtype, p.device, [id(e) for e in self.state[p].values()]) for p in self.table.params
+        ]
 
     def read(self) -> bool:
         """Checks every gradient. Answers False if a parameter or state is not what the table was made for."""
@@ -49,7 +51,7 @@ class ReferenceLaunch:
         norm = float(self.norm.detach()) if max_norm > 0 else 0.0
         if not norm < float("inf"):
             return False
-        traced = self.norm.clone() if torch.is_grad_enabled() else norm  # differentiable=True: the clip has a derivative
+        traced = self.norm.clone() if torch.is_grad_enabled() else norm  # differentiable: the clip has a derivative
         factor = max_norm / traced if norm > max_norm else 1.0
         updates = [self._update(n, spec, rows[spec.group], factor) for n, spec in enumerate(self.table.layers)]
         self._write([update for update in updates if update])
@@ -92,8 +94,9 @@ class ReferenceLaunch:
 
 def gather(spans: list[Span], tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The elements of one layer, flat, in the computing type."""
+    pieces = [x.reshape(-1)[s.start : s.start + s.count] for s, x in zip(spans, tensors, strict=True)]
     copy = torch.is_grad_enabled()  # what autograd keeps of the old values must outlive the writing of the new ones
-    pieces = [x.reshape(-1)[s.start : s.start + s.count].to(dtype, copy=copy) for s, x in zip(spans, tensors, strict=True)]
+    pieces = [piece.to(dtype, copy=copy) for piece in pieces]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -15,7 +15,8 @@ class SGD(Optimizer):
         dampening: of what enters the buffer, any number; the first step is not damped, as in torch.
         weight_decay: coupled L2, >= 0.
         nesterov: step along g + momentum * buf; needs momentum > 0 and dampening 0.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see
+            `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.
@@ -38,7 +39,7 @@ class SGD(Optimizer):
         return self.rule if group["momentum"] else self.plain
 
     def state_dict(self):
-        """As `Optimizer.state_dict`; a buffer that no step has filled is None, or torch's SGD would damp its first step."""
+        """As `Optimizer.state_dict`; a buffer not filled yet is None, or torch's SGD would damp its first step."""
         saved = super().state_dict()
         for key, own in saved["state"].items():
             if isinstance(own, dict) and "momentum_buffer" in own and not own["step"]:

@@ -1,9 +1,11 @@
 """The table of one launch: which tensors it takes, how they are cut into layers, and where its results go."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
+from . import _cpu
 from .plan import LayerSpec, Span, cut_rows
 from .rule import Rule
 
@@ -25,7 +27,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def rows_outermost(tensor: torch.Tensor) -> bool:
     """Whether each index of dimension 0 is a stretch of memory of its own."""
-    return tensor.ndim == 0 or tensor.shape[0] <= 1 or tensor.numel() == 0 or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+    if tensor.ndim == 0 or tensor.shape[0] <= 1 or tensor.numel() == 0:
+        return True
+    return tensor.stride(0) * tensor.shape[0] == tensor.numel()
 
 
 class Table:
@@ -99,7 +103,9 @@ class Table:
         if old is not None:
             old = torch.as_tensor(old)
             if old.numel() != view.numel():
-                raise ValueError(f"state {name!r} has {old.numel()} values where the layers of its parameter need {view.numel()}")
+                raise ValueError(
+                    f"state {name!r} has {old.numel()} values where the layers of its parameter need {view.numel()}"
+                )
             view.copy_(old.reshape(view.shape))
         entries[name] = view
 
@@ -133,7 +139,10 @@ class Table:
 def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
     """An elementwise state that lies in memory like its parameter: `old` itself if it does, else a copy, else zeros."""
     if old is None:
-        return torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False, memory_format=torch.preserve_format)
+        state = torch.empty_like(p, dtype=state_dtype(p), requires_grad=False, memory_format=torch.preserve_format)
+        if state.device.type == "cpu":
+            _cpu.prefer_huge_pages(state.data_ptr(), state.nbytes)
+        return state.zero_()
     if old.shape != p.shape:
         raise ValueError(f"state {name!r} has shape {tuple(old.shape)}, its parameter has {tuple(p.shape)}")
     if not old.is_floating_point():
@@ -156,8 +165,9 @@ def check_overlap(params: Sequence[torch.Tensor]) -> None:
             last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             ranges.append((p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), p.device))
     ranges.sort(key=lambda r: (str(r[2]), r[0]))
-    for one, other in zip(ranges, ranges[1:]):
+    for one, other in pairwise(ranges):
         if one[2] == other[2] and other[0] < one[1] and one[0] != 0:
             raise ValueError(
-                f"two parameters share memory at {other[0]:#x}: pass one of them, or give each a storage of its own (p.data = p.data.clone())"
+                f"two parameters share memory at {other[0]:#x}: pass one of them, or give each a storage of its own "
+                "(p.data = p.data.clone())"
             )

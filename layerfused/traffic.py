@@ -32,5 +32,5 @@ def traffic(table: Table, state: dict, norm: bool) -> dict[str, int]:
             for kind, chosen in (("requested", masks), ("compulsory", [once])):
                 words = (size[k] for mask in chosen for part in mask for k in range(len(OPERANDS)) if part >> k & 1)
                 total[kind] += span.count * sum(words)
-            total["requested"] += span.count * size[1] * norm
+                total[kind] += span.count * size[1] * norm  # the norm is needed before anything else can begin
     return total

@@ -34,9 +34,10 @@ class Memory:
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
+    withheld = 0  # bytes that are missing at the end
 
     def __init__(self, content):
-        self.size = len(content)
+        self.size = max(len(content) - self.withheld, 0)
         self.address = self.libc.malloc(self.size) or 0
         ctypes.memmove(self.address, content, self.size)
 
@@ -83,8 +84,9 @@ def specs_of(plan, layerwise, fixed):
         specs += [
             plan.LayerSpec((plan.Span(i, start, cut),), i % 2, stats) for start, cut in zip(starts, cuts, strict=True)
         ]
-    pair = [plan.Span(i, 0, SIZES[i]) for i in (last - 1, last)]
-    return specs + ([plan.LayerSpec(tuple(pair), 0, True)] if layerwise else [plan.LayerSpec((s,), 0, False) for s in pair])
+    pair = tuple(plan.Span(i, 0, SIZES[i]) for i in (last - 1, last))
+    layers = [pair] if layerwise else [(span,) for span in pair]
+    return specs + [plan.LayerSpec(spans, 0, layerwise) for spans in layers]
 
 
 class Run:
@@ -96,9 +98,10 @@ class Run:
         stats = needs["sums"] + needs["minima"]
         masks = needs["reduce"][0] | needs["apply"][0]
         self.params = [Tensor(numbers(source, n), TYPES[i % 3]) for i, n in enumerate(SIZES)]
+        every = ((4, 3), (8, 9))  # m and v: their bits in a mask, and how often their type changes
         self.states = [
-            [Tensor([0.0] * n, TYPES[(i // (3 if k == 4 else 9)) % 3]) for i, n in enumerate(SIZES)] if masks & k else None
-            for k in (4, 8)
+            [Tensor([0.0] * n, TYPES[(i // often) % 3]) for i, n in enumerate(SIZES)] if masks & bit else None
+            for bit, often in every
         ]
         specs = specs_of(plan, stats > 0, case["fixed"])
         made = plan.make_plan(specs, chunk=job["chunk"], whole=job["whole"], ahead=job["ahead"], norm=norm)
@@ -133,7 +136,8 @@ class Run:
 
 def main(job):
     """module, plan: paths; cases: name -> rule, row of hyper-parameters, fixed (layers without stats not allowed);
-    chunk, whole, ahead: the plan's; threads, steps, repeat."""
+    chunk, whole, ahead: the plan's; threads, steps, repeat; withheld: bytes that tensors are too short by."""
+    Memory.withheld = job["withheld"]
     cpu, plan = load("_cpu", job["module"]), load("plan", job["plan"])
     phase = plan.Phase
     ways = {

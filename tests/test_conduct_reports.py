@@ -5,7 +5,19 @@ import re
 import pytest
 import torch
 from cases import REPORTS
-from conduct import EACH, assert_same, copies, each_case, each_engine, give, make, parameters, same_bits, snapshot, train
+from conduct import (
+    EACH,
+    assert_same,
+    copies,
+    each_case,
+    each_engine,
+    give,
+    make,
+    parameters,
+    same_bits,
+    snapshot,
+    train,
+)
 from torch.autograd import gradcheck
 from torch.nn import Parameter
 

@@ -3,25 +3,29 @@
 Left out: devices other than the CPU (a GPU's tests do that), sharded checkpoints.
 """
 
-import io
 import pickle
 from copy import deepcopy
 
 import pytest
 import torch
 from cases import CASES
-from conduct import assert_near, assert_same, copies, each_case, each_engine, give, make, parameters, raw, snapshot, train
+from conduct import (
+    assert_same,
+    copies,
+    each_case,
+    each_engine,
+    give,
+    make,
+    parameters,
+    raw,
+    snapshot,
+    through_a_file,
+    train,
+)
 
 import layerfused as lf
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @each_engine
@@ -169,66 +173,6 @@ def test_states_exchanged_or_cleared_by_hand(backend):
     train(opt, params, [3])
     train(fresh, begun, [3])
     assert_same(snapshot(opt, params), snapshot(fresh, begun))
-
-
-# Without gradients that are missing on some steps: torch's states are then those of our test_conduct.py.
-TORCH = [
-    ("SGD", {"lr": 0.1}), ("SGD", {"lr": 0.1, "weight_decay": 0.1}), ("SGD", {"lr": 0.1, "momentum": 0.9}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}), ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    ("Adam", {"lr": 0.01, "weight_decay": 0.1}), ("AdamW", {"lr": 0.01, "betas": (0.8, 0.9)}),
-]  # fmt: skip
-of_torch = pytest.mark.parametrize("name, kwargs", TORCH, ids=lambda x: x if isinstance(x, str) else "-".join(x))
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-@of_torch
-def test_states_of_torch_load_and_go_back(name, kwargs, steps):
-    start, params = parameters(), parameters()
-    theirs = getattr(torch.optim, name)(params, **kwargs)
-    train(theirs, params, range(steps))
-    mine = copies(params)
-    ours = getattr(lf, name)(mine, lr=5.0)  # momentum off: the loaded groups turn it on
-    ours.load_state_dict(through_a_file(theirs.state_dict()))
-    for p, q in zip(params, mine, strict=True):
-        for key, value in theirs.state[p].items():
-            if value is not None:
-                assert raw(value) == raw(ours.state[q][key]), key
-    back = copies(params)
-    again = getattr(torch.optim, name)(back, lr=7.0)
-    again.load_state_dict(through_a_file(ours.state_dict()))  # unchanged on its way through ours
-    for opt, own in ((theirs, params), (ours, mine), (again, back)):
-        train(opt, own, range(steps, steps + 3))
-    third = copies(mine)
-    last = getattr(torch.optim, name)(third)
-    last.load_state_dict(through_a_file(ours.state_dict()))
-    for opt, own in ((theirs, params), (last, third)):
-        train(opt, own, range(10, 12))
-    train(ours, mine, range(10, 12))
-    train(again, back, range(10, 12))
-    for p, q, r, s, p0 in zip(params, mine, back, third, start, strict=True):
-        assert_near(q, p, p0)
-        assert_near(s, p, p0)
-        assert raw(r) == raw(p)
-
-
-@of_torch
-def test_our_states_load_into_torch_before_the_first_step(name, kwargs):
-    mine, start = parameters(), parameters()
-    ours = getattr(lf, name)(mine, **kwargs)
-    theirs = getattr(torch.optim, name)(params := copies(mine))
-    theirs.load_state_dict(through_a_file(ours.state_dict()))
-    train(ours, mine, range(3))
-    train(theirs, params, range(3))
-    for p, q, p0 in zip(params, mine, start, strict=True):
-        assert_near(q, p, p0)
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_amsgrad_raises(name):
-    params = parameters()
-    theirs = getattr(torch.optim, name)(params, amsgrad=True)
-    with pytest.raises(ValueError, match="amsgrad"):
-        getattr(lf, name)(params).load_state_dict(theirs.state_dict())
 
 
 def test_group_keys_after_loading():

@@ -6,8 +6,7 @@ Left out: gradients on another device, which torch itself hinders (test_errors.p
 
 import pytest
 import torch
-from conduct import EACH, assert_same, each_case, each_engine, give, make, parameters, raw, snapshot, train
-from test_errors import refused
+from conduct import EACH, assert_same, each_case, each_engine, give, make, parameters, raw, refused, snapshot, train
 from torch.nn import Parameter
 
 import layerfused as lf
@@ -143,7 +142,8 @@ def test_norms_that_cannot_be_used(backend, norm, words):
 
 @each_engine
 @pytest.mark.parametrize(
-    "key, value", [("layer", "row"), ("layer", (2, 3)), ("backend", "cuda"), ("lr", torch.ones(2)), ("trust_clip", (2, 1))]
+    "key, value",
+    [("layer", "row"), ("layer", (2, 3)), ("backend", "cuda"), ("lr", torch.ones(2)), ("trust_clip", (2, 1))],
 )
 def test_group_keys_spoiled_between_steps(backend, key, value):
     params = parameters((7, 5), (4, 3))

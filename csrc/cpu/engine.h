@@ -16,6 +16,25 @@ struct Column {
   const int64_t *address = nullptr, *storage = nullptr;
 };
 
+// A sweep over a chunk, stride by stride: fp32 operands in place, others through a buffer, those not read as zeros.
+class Pass {
+ public:
+  void begin(const Column* const (&columns)[4], const Chunk&, Sweep operands);
+  int64_t left() const { return left_; }
+  Stretch open(int64_t most);
+  void close();
+
+ private:
+  struct Window {
+    char* at = nullptr;
+    int64_t storage = FP32;
+    bool read = false, written = false;
+  };
+  Window windows_[4];
+  int64_t left_ = 0, open_ = 0;
+  alignas(64) float buffers_[4][TILE];
+};
+
 // Memory that the optimizer owns and the engine writes.
 struct Outputs {
   float* step;           // [tensors] steps taken
@@ -55,16 +74,29 @@ class Engine {
     Scalars scalars;
   };
 
+  // A worker owes the applies it has come to and does them in small strides between those of its next reduce: the one
+  // waits for memory, the other computes on what is in the cache.
+  struct Worker {
+    Started started;
+    std::vector<int64_t> owed;  // chunks, the next one last
+    int64_t owed_elements = 0;
+    int64_t chunk = 0;  // in hand, with the pass over it
+    Pass pass;
+    bool paying = false;
+  };
+
   void work();
-  void run_item(const Item&, Started&);
+  void run_item(const Item&, Worker&);
+  void run_whole(int64_t layer, Worker&);
+  void owe(int64_t chunk, Worker&);
+  void pay(int64_t elements, Worker&);
   const Scalars& start(const Layer&, Started&) const;
-  void norm_chunk(const Chunk&, int64_t slot);
+  void norm_chunk(const Chunk&, int64_t slot, Worker&);
   void clip();
-  void reduce_chunk(const Chunk&, int64_t slot, Started&);
+  void reduce_chunk(const Chunk&, int64_t slot, Worker&);
   void combine(int64_t layer);
   void finish(int64_t layer, Started&);
-  void apply_chunk(const Chunk&);
-  void apply_elementwise(const Chunk&, Started&);
+  void apply_elementwise(const Chunk&, Worker&);
   void finish_phase();
   void advance();
   int64_t live_elements(const Layer&) const;
@@ -72,8 +104,9 @@ class Engine {
   double time(const Layer&) const;
   const double* group(const Layer& layer) const { return groups_ + layer.group * (kernels_.hyper + 1) + 1; }
   float scale(const Layer& layer) const { return float(groups_[layer.group * (kernels_.hyper + 1)] * factor_); }
+  void begin(Pass&, const Chunk&, Sweep operands) const;
   template <class Run>
-  void sweep(const Chunk&, Sweep operands, Run&& run);
+  void sweep(const Chunk&, Sweep operands, Worker&, Run&& run);
 
   const Kernels& kernels_;
   std::vector<Item> items_;

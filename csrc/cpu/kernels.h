@@ -23,6 +23,12 @@ struct Tile {
   float *p, *g, *m, *v;
 };
 
+// One call of a sweep: what it works on, and what it asks the memory for meanwhile.
+struct Stretch {
+  Tile tile, ahead;
+  int64_t n;
+};
+
 // A rule's own `Scalars`, as the engine carries them from `finish` to `apply`.
 struct alignas(64) Scalars {
   float values[16];
@@ -36,9 +42,9 @@ struct Kernels {
   void (*start)(const double* group, double t, Scalars&);
   void (*finish)(const double* group, const Total&, Scalars&);
   float (*coupled)(const Scalars&);
-  void (*reduce)(const Scalars&, float scale, const Tile&, int64_t n, Lanes&);
-  void (*apply)(const Scalars&, float scale, const Tile&, int64_t n);
-  void (*both)(const Scalars&, float scale, const Tile&, int64_t n);
+  void (*reduce)(const Scalars&, float scale, const Stretch&, Lanes&);
+  void (*apply)(const Scalars&, float scale, const Stretch&);
+  void (*both)(const Scalars&, float scale, const Stretch&);
 
   int stats() const { return sums + minima; }
   // Moments and update in one sweep, for layers without stats.
