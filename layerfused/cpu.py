@@ -7,7 +7,7 @@ import torch
 
 from . import _cpu
 from .gradients import check_gradient
-from .plan import make_plan
+from .plan import Phase, make_plan
 from .table import Table, lies_like
 
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu/storage.h
@@ -84,7 +84,8 @@ class CpuLaunch:
         """Runs phases of a step; False if it is skipped because the gradient norm is not finite."""
         threads = max(1, min(torch.get_num_threads(), self._elements // PER_THREAD))
         happened = self._native.run(phases, self._reader, array("d", chain.from_iterable(rows)), max_norm, threads)
-        self._copies = []
+        if phases & Phase.APPLY:  # until then another phase may read them
+            self._copies = []
         return happened
 
     def workspace_bytes(self) -> int:

@@ -99,18 +99,6 @@ def test_version_counters_of_parameters(case, backend):
     assert [p._version - version for p, version in zip(params, before, strict=True)] == [0, 1, 1, 1]
 
 
-@each_engine
-@each_case
-def test_version_counters_of_states(case, backend):
-    params = parameters()
-    opt = make(case, params, backend=backend)
-    give(params, 0)
-    states = {(name, i): x for i, p in enumerate(params) for name, x in opt.state[p].items()}
-    before = {key: x._version for key, x in states.items()}
-    opt.step()
-    assert [key for key, x in states.items() if x._version == before[key]] == []
-
-
 @each_case
 def test_closure(case):
     params, others = parameters(), parameters()

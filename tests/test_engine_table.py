@@ -14,10 +14,10 @@ RULE_HEADERS = Path(__file__).parent.parent / "csrc/rules"
 P, G, M, V = 1, 2, 4, 8  # bits of a sweep's masks, as in csrc/rule.h
 
 
-# design.md, "What it costs": words per element, kept in cache / in two sweeps.
+# design.md, "What it costs": words per element, kept in cache / in two sweeps; a global norm reads g once more.
 WORDS = {
     "LAMB(max_grad_norm=None)": (7, 10),
-    "LAMB()": (7, 11),
+    "LAMB()": (8, 11),
     "LAMBC()": (7, 10),
     "Adam()": (7, 7),
     "Adam(weight_decay=0.1)": (7, 7),

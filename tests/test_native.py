@@ -29,13 +29,19 @@ LEVELS = {
 }
 # -O0: half the time to compile, and nothing is optimised away before it is watched. OpenMP's fork and join are
 # invisible to ThreadSanitizer, so that build has a team of std::thread.
-ADDRESS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+ADDRESS = ["-O0 -g1 -fsanitize=address", "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"]
 THREAD = "-O0 -g1 -fsanitize=thread -DLAYERFUSED_STD_THREADS"
 DEFECTS = {  # what stands in engine.cpp, and what takes its place
     "scalars published without release": ("ready.store(true, std::memory_order_release)", "ready.store(true, RELAXED)"),
     "partials combined without acquire": ("fetch_add(1, std::memory_order_acq_rel)", "fetch_add(1, RELAXED)"),
     "apply does not wait": ("if (phases_ & REDUCE) wait_until", "if (false) wait_until"),
 }
+
+
+def first_of(choices):
+    """Each costs a build: `make test` takes the first, `make test-all` all."""
+    first, *others = choices
+    return [first, *(pytest.param(other, marks=pytest.mark.all) for other in others)]
 
 
 def build(flags, folder, root=ROOT):
@@ -101,7 +107,7 @@ def test_threads(installed, threads):
 
 # Every rule, tails and storage types included; leaves out production chunks (the loops are the same). The module in
 # use takes the highest level that the machine has, so that the lowest is the one to compare with.
-@pytest.mark.parametrize("level", ["x86-64", *(pytest.param(level, marks=pytest.mark.all) for level in list(LEVELS)[1:])])
+@pytest.mark.parametrize("level", first_of(LEVELS))
 def test_instruction_sets_give_the_same_bits(installed, level, tmp_path):
     has = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     lacks = set(LEVELS[level].split()) - has
@@ -112,8 +118,9 @@ def test_instruction_sets_give_the_same_bits(installed, level, tmp_path):
     assert found == installed
 
 
-def test_address_and_undefined_behaviour_sanitizers(installed, tmp_path):
-    module = build(ADDRESS, tmp_path)
+@pytest.mark.parametrize("flags", first_of(ADDRESS), ids=["address", "undefined"])
+def test_address_sanitizer(installed, flags, tmp_path):
+    module = build(flags, tmp_path)
     found, done = drive(module, preload="libasan.so")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert found == installed
@@ -134,10 +141,7 @@ def test_thread_sanitizer(installed, watched):
     assert found == installed
 
 
-FIRST, *OTHERS = DEFECTS
-
-
-@pytest.mark.parametrize("defect", [FIRST, *(pytest.param(defect, marks=pytest.mark.all) for defect in OTHERS)])
+@pytest.mark.parametrize("defect", first_of(DEFECTS))
 def test_thread_sanitizer_sees_a_defect(watched, defect):
     """Else its silence would say nothing."""
     folder, _ = watched

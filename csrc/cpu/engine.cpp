@@ -19,13 +19,21 @@ const Kernels& find(const std::string& name) {
   throw std::invalid_argument("the CPU engine has no rule named '" + name + "'");
 }
 
-Lanes empty_lanes() {
-  Lanes lanes{};
-  for (auto& row : lanes.least) std::fill(row, row + LANES, std::numeric_limits<float>::infinity());
-  return lanes;
+void clear(Lanes& lanes, const Kernels& rule) {
+  for (int k = 0; k < rule.sums; ++k) std::fill(lanes.sum[k], lanes.sum[k] + LANES, 0.0);
+  for (int k = 0; k < rule.minima; ++k) std::fill(lanes.least[k], lanes.least[k] + LANES, float(INFINITE));
 }
 
-// Pairs of neighbours, again and again: the order of additions depends on the number of terms alone.
+// The upper half of the lanes onto the lower, again and again.
+double fold(const double (&lanes)[LANES]) {
+  double sum[LANES];
+  std::copy(lanes, lanes + LANES, sum);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+  return sum[0];
+}
+
+// Halves of a range, again and again: the order of additions depends on the number of terms alone.
 template <class Term>
 double sum_tree(int64_t lo, int64_t hi, Term&& term) {
   if (hi - lo == 1) return term(lo);
@@ -33,9 +41,6 @@ double sum_tree(int64_t lo, int64_t hi, Term&& term) {
   return sum_tree(lo, middle, term) + sum_tree(middle, hi, term);
 }
 
-alignas(64) float zeros[TILE + 512] = {};  // what a sweep sees of an operand that it does not read
-
-constexpr int64_t LOOK_AHEAD = 384;  // elements: measured on AdamW from DRAM, 1.16 to 1.04 ns an element on one core
 constexpr int64_t STRIDE = 128;      // elements: LAMB from DRAM takes 1.22 ns an element with 128, 1.48 with 1,024
 constexpr int64_t MOST_OWED = 1 << 17;  // elements: three operands of them fit a 2 MiB L2
 
@@ -169,42 +174,6 @@ const Scalars& Engine::start(const Layer& layer, Started& started) const {
   return started.scalars;
 }
 
-void Pass::begin(const Column* const (&columns)[4], const Chunk& chunk, Sweep operands) {
-  left_ = chunk.count;
-  for (unsigned k = 0; k < 4; ++k) {
-    Window& one = windows_[k];
-    one = {nullptr, FP32, (operands.reads >> k & 1) != 0, (operands.writes >> k & 1) != 0};
-    if (!one.read && !one.written) continue;
-    one.storage = columns[k]->storage[chunk.tensor];
-    one.at = reinterpret_cast<char*>(columns[k]->address[chunk.tensor]) + chunk.start * size_of(one.storage);
-  }
-}
-
-// The operands of the next elements, and what to ask the memory for meanwhile: the hardware's own prefetchers stop at
-// the end of every 4 KiB page.
-Stretch Pass::open(int64_t most) {
-  open_ = std::min({most, left_, TILE});
-  float *now[4], *ahead[4];
-  for (int k = 0; k < 4; ++k) {
-    const Window& one = windows_[k];
-    const bool direct = one.at && one.storage == FP32;
-    now[k] = direct ? reinterpret_cast<float*>(one.at) : one.at ? buffers_[k] : zeros;
-    ahead[k] = direct ? now[k] + LOOK_AHEAD : zeros;
-    if (one.at && !direct && one.read) to_float(buffers_[k], one.at, one.storage, open_);
-  }
-  return {{now[0], now[1], now[2], now[3]}, {ahead[0], ahead[1], ahead[2], ahead[3]}, open_};
-}
-
-void Pass::close() {
-  for (int k = 0; k < 4; ++k) {
-    Window& one = windows_[k];
-    if (!one.at) continue;
-    if (one.written && one.storage != FP32) from_float(one.at, buffers_[k], one.storage, open_);
-    one.at += open_ * size_of(one.storage);
-  }
-  left_ -= open_;
-}
-
 void Engine::begin(Pass& pass, const Chunk& chunk, Sweep operands) const {
   pass.begin({&p, &g, &m, &v}, chunk, operands);
 }
@@ -225,7 +194,7 @@ void Engine::norm_chunk(const Chunk& chunk, int64_t slot, Worker& worker) {
   double lanes[LANES] = {};
   if (g.address[chunk.tensor])
     sweep(chunk, {G, 0}, worker, [&](const Stretch& stretch) { add_squares(lanes, stretch.tile.g, stretch.n); });
-  norm_partials_[slot] = sum_tree(0, LANES, [&](int64_t j) { return lanes[j]; });
+  norm_partials_[slot] = fold(lanes);
   if (norm_arrivals_.count.fetch_add(1, std::memory_order_acq_rel) + 1 < int64_t(chunks_.size())) return;
   *out.norm = std::sqrt(sum_tree(0, int64_t(chunks_.size()), [&](int64_t c) { return norm_partials_[c]; }));
   clip();
@@ -241,7 +210,8 @@ void Engine::clip() {
 
 void Engine::reduce_chunk(const Chunk& chunk, int64_t slot, Worker& worker) {
   const Layer& layer = layers_[chunk.layer];
-  Lanes lanes = empty_lanes();
+  Lanes lanes;
+  clear(lanes, kernels_);
   if (g.address[chunk.tensor]) {
     const Scalars& c = start(layer, worker.started);
     Sweep operands = kernels_.reduce_sweep;
@@ -250,7 +220,7 @@ void Engine::reduce_chunk(const Chunk& chunk, int64_t slot, Worker& worker) {
     sweep(chunk, operands, worker, [&](const Stretch& stretch) { kernels_.reduce(c, factor, stretch, lanes); });
   }
   double* partial = &partials_[slot * kernels_.stats()];
-  for (int k = 0; k < kernels_.sums; ++k) partial[k] = sum_tree(0, LANES, [&](int64_t j) { return lanes.sum[k][j]; });
+  for (int k = 0; k < kernels_.sums; ++k) partial[k] = fold(lanes.sum[k]);
   for (int k = 0; k < kernels_.minima; ++k)
     partial[kernels_.sums + k] = *std::min_element(lanes.least[k], lanes.least[k] + LANES);
 }
