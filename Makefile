@@ -22,10 +22,20 @@ test-all: .venv/.built
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -m ""
 
+# README's table, about three minutes on an idle machine.
+RESULTS := bench/results/cpu
 bench: .venv/.built
 	$(RUN) -m bench step --shapes resnet50,gpt2,many-small \
-	    --optimizers "LAMB(max_grad_norm=None),AdamW,Aida,SETAdam,LARS" \
-	    --against "torch.AdamW:fused,torch.SGD:fused(momentum=0.9)" --json bench/results/cpu.json
+	    --optimizers "LAMB(max_grad_norm=None),AdamW,Aida,SETAdam,LARS,NovoGrad" \
+	    --against "torch.AdamW:fused,torch.SGD:fused(momentum=0.9)" \
+	    --repeats 15 --seconds 30 --json $(RESULTS).json --plot $(RESULTS).png
+	$(RUN) -m bench step --shapes resnet50 --optimizers LAMB --against "clip+torch.AdamW:fused" \
+	    --repeats 15 --json $(RESULTS)-clip.json
+	$(RUN) -m bench step --shapes resnet50 --optimizers "LAMB(max_grad_norm=None),Aida" \
+	    --against pytorch_optimizer.Lamb,pytorch_optimizer.Aida --repeats 9 --json $(RESULTS)-pytorch_optimizer.json
+	$(RUN) -m bench step --shapes tiny --optimizers LAMB --against torch.AdamW:fused --json $(RESULTS)-tiny.json
+	$(RUN) -m bench report --markdown $(RESULTS).json $(RESULTS)-clip.json $(RESULTS)-pytorch_optimizer.json \
+	    $(RESULTS)-tiny.json
 
 clean:
 	rm -rf build dist *.egg-info .venv/.built .pytest_cache .ruff_cache .hypothesis

@@ -187,7 +187,7 @@ def arguments(argv):
     parser.add_argument("--optimizers", metavar="NAMES", help="comma-separated, of: " + ", ".join(CONTENDERS))
     parser.add_argument("--out", type=Path, default=Path(), help="folder of demo.json and the PNGs (default: here)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     args.batch, args.steps, args.search_steps = (512, 30, 10) if args.quick else (512, 200, 100)
     args.names = specs.split(args.optimizers or ",".join(QUICK if args.quick else CONTENDERS))

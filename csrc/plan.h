@@ -18,7 +18,8 @@ struct Layer {
 enum class Kind : int64_t {
   norm,    // a chunk's share of the global gradient norm
   reduce,  // a chunk's share of its layer's stats; the last to arrive combines them and finishes the layer
-  apply,   // a chunk's update; waits for its layer. Of a layer without stats: moments and update at once
+  apply,   // the update of a chunk of that layer, once it is finished (on the CPU a worker takes one that lies in its
+           // own cache). Of a layer without stats: of this very chunk, moments and update at once
   whole,   // a layer small enough for one worker: reduce, finish and apply
 };
 

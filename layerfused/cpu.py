@@ -14,7 +14,7 @@ STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/
 
 CHUNK = 64 * 1024  # elements: four operands of it fit a 2 MiB L2
 WHOLE = 64 * 1024  # layers up to this size are one worker's: reduced and applied from its own cache
-AHEAD = 4 * CHUNK
+AHEAD = CHUNK
 PER_THREAD = 32 * 1024  # with fewer elements than this per thread, waking one costs more than it brings
 
 

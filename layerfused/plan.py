@@ -142,10 +142,8 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
         for c in chunks:
             work.append(Item(Kind.REDUCE, c))
             reduced += plan.chunks[c].count
-            # the layers before are applied evenly between this one's reduces: one waits for memory, the other computes
-            for _ in range(-(-len(waiting) // (chunks.stop - c))):
-                if reduced - waiting[0][1] >= ahead:
-                    work.append(Item(Kind.APPLY, waiting.popleft()[0]))
+            while waiting and reduced - waiting[0][1] >= ahead:
+                work.append(Item(Kind.APPLY, waiting.popleft()[0]))
         waiting.extend((c, reduced) for c in reversed(chunks))  # what was reduced last is still in the cache
     work += [Item(Kind.APPLY, c) for c, _ in waiting]
     if norm:

@@ -41,9 +41,6 @@ double sum_tree(int64_t lo, int64_t hi, Term&& term) {
   return sum_tree(lo, middle, term) + sum_tree(middle, hi, term);
 }
 
-constexpr int64_t STRIDE = 128;      // elements: LAMB from DRAM takes 1.22 ns an element with 128, 1.48 with 1,024
-constexpr int64_t MOST_OWED = 1 << 17;  // elements: three operands of them fit a 2 MiB L2
-
 }  // namespace
 
 std::vector<const Kernels*>& rules() {
@@ -55,7 +52,7 @@ Engine::Engine(const std::string& rule, std::vector<Item> items, std::vector<Chu
                int64_t tensors)
     : kernels_(find(rule)), items_(std::move(items)), chunks_(std::move(chunks)), layers_(std::move(layers)),
       first_chunk_(tensors, -1), tensors_(tensors), partials_(chunks_.size() * kernels_.stats()),
-      scalars_(layers_.size()), arrivals_(new Arrivals[layers_.size()]) {
+      scalars_(layers_.size()), arrivals_(new Arrivals[layers_.size()]), taken_(new std::atomic<bool>[chunks_.size()]()) {
   for (int64_t c = int64_t(chunks_.size()) - 1; c >= 0; --c) first_chunk_.at(chunks_[c].tensor) = c;
   const auto is_norm = [](const Item& item) { return item.kind == Kind::norm; };
   if (std::any_of(items_.begin(), items_.end(), is_norm)) norm_partials_.resize(chunks_.size());
@@ -77,6 +74,7 @@ bool Engine::run(unsigned phases, const double* groups, double max_norm, int thr
     run_team(threads, [this] { work(); });
   if ((phases & APPLY) && !skip_) advance();
   for (size_t l = 0; l < layers_.size(); ++l) arrivals_[l].count = 0, arrivals_[l].ready = false;
+  for (size_t c = 0; c < chunks_.size(); ++c) taken_[c].store(false, std::memory_order_relaxed);
   norm_arrivals_.count = 0, norm_arrivals_.ready = false;
   ticket_ = 0;
   return !skip_;
@@ -87,12 +85,11 @@ void Engine::work() {
   Worker worker;
   const int64_t items = int64_t(items_.size());
   for (int64_t i; (i = ticket_.fetch_add(1, std::memory_order_relaxed)) < items;) run_item(items_[i], worker);
-  pay(worker.owed_elements, worker);
 }
 
 void Engine::run_item(const Item& item, Worker& worker) {
   if (item.kind == Kind::norm) {
-    if (phases_ & NORM) norm_chunk(chunks_[item.index], item.index, worker);
+    if (phases_ & NORM) norm_chunk(chunks_[item.index], item.index);
     return;
   }
   if (phases_ == NORM) return;
@@ -106,6 +103,7 @@ void Engine::run_item(const Item& item, Worker& worker) {
   Arrivals& arrivals = arrivals_[chunk.layer];
   if (item.kind == Kind::reduce && (phases_ & REDUCE)) {
     reduce_chunk(chunk, item.index, worker);
+    worker.reduced.push_back(item.index);
     // releases this chunk's partials (and moments), acquires everybody's for the last to arrive
     if (arrivals.count.fetch_add(1, std::memory_order_acq_rel) + 1 < layer.chunks) return;
     combine(chunk.layer);
@@ -114,7 +112,7 @@ void Engine::run_item(const Item& item, Worker& worker) {
   } else if (item.kind == Kind::apply && (phases_ & APPLY)) {
     if (!has_stats(layer)) return apply_elementwise(chunk, worker);
     if (phases_ & REDUCE) wait_until([&] { return arrivals.ready.load(std::memory_order_acquire); });
-    owe(item.index, worker);
+    apply_chunk(chunks_[take(chunk.layer, worker)]);
   }
 }
 
@@ -126,34 +124,25 @@ void Engine::run_whole(int64_t index, Worker& worker) {
     combine(index);
   }
   if (phases_ & FINISH) finish(index, worker.started);
-  if (phases_ & APPLY)
-    for (int64_t c = layer.first; c <= last; ++c) owe(c, worker);
+  if (phases_ & APPLY)  // backwards: the last is still in cache
+    for (int64_t c = last; c >= layer.first; --c) apply_chunk(chunks_[c]);
 }
 
-// A chunk whose layer is finished. The last that was reduced is still in the cache, so it is applied first.
-void Engine::owe(int64_t index, Worker& worker) {
-  const Chunk& chunk = chunks_[index];
-  if (!g.address[chunk.tensor] || chunk.count == 0) return;
-  worker.owed.push_back(index);
-  worker.owed_elements += chunk.count;
-  if (worker.owed_elements > MOST_OWED) pay(worker.owed_elements - MOST_OWED, worker);
-}
-
-void Engine::pay(int64_t elements, Worker& worker) {
-  while (elements > 0 && worker.owed_elements > 0) {
-    const Chunk& chunk = chunks_[worker.paying ? worker.chunk : worker.owed.back()];
-    if (!worker.paying) {
-      worker.chunk = worker.owed.back();
-      worker.owed.pop_back();
-      begin(worker.pass, chunk, kernels_.apply_sweep);
-      worker.paying = true;
-    }
-    const Stretch stretch = worker.pass.open(elements);
-    kernels_.apply(scalars_[chunk.layer], scale(layers_[chunk.layer]), stretch);
-    worker.pass.close();
-    elements -= stretch.n, worker.owed_elements -= stretch.n;
-    worker.paying = worker.pass.left() > 0;
+// Which chunk of a finished layer to apply: of those that this worker reduced itself the last, for it lies in the
+// worker's own cache, else any. The layer has as many items as chunks, and each chunk is taken once.
+int64_t Engine::take(int64_t index, Worker& worker) {
+  const auto free = [this](int64_t c) { return !taken_[c].exchange(true, std::memory_order_relaxed); };
+  auto& mine = worker.reduced;
+  for (size_t k = mine.size(); k-- > 0 && chunks_[mine[k]].layer >= index;) {
+    if (chunks_[mine[k]].layer > index) continue;  // of a layer that was looked ahead at
+    const int64_t c = mine[k];
+    mine.erase(mine.begin() + int64_t(k));
+    if (free(c)) return c;
   }
+  const Layer& layer = layers_[index];
+  int64_t c = layer.first + layer.chunks - 1;
+  while (!free(c)) c = c > layer.first ? c - 1 : layer.first + layer.chunks - 1;
+  return c;
 }
 
 // Elements whose tensor has a gradient, -1 if no tensor of the layer has one: a member without adds nothing.
@@ -174,26 +163,19 @@ const Scalars& Engine::start(const Layer& layer, Started& started) const {
   return started.scalars;
 }
 
-void Engine::begin(Pass& pass, const Chunk& chunk, Sweep operands) const {
-  pass.begin({&p, &g, &m, &v}, chunk, operands);
-}
-
-// Runs a sweep over a chunk, and what the worker owes between its strides.
 template <class Run>
-void Engine::sweep(const Chunk& chunk, Sweep operands, Worker& worker, Run&& run) {
-  Pass pass;
-  for (begin(pass, chunk, operands); pass.left() > 0;) {
-    const int64_t stride = worker.owed_elements > 0 ? STRIDE : TILE;
-    run(pass.open(stride));
+void Engine::sweep(const Chunk& chunk, Sweep operands, Run&& run) const {
+  Pass pass({&p, &g, &m, &v}, chunk, operands);
+  while (pass.left() > 0) {
+    run(pass.open());
     pass.close();
-    pay(stride, worker);
   }
 }
 
-void Engine::norm_chunk(const Chunk& chunk, int64_t slot, Worker& worker) {
+void Engine::norm_chunk(const Chunk& chunk, int64_t slot) {
   double lanes[LANES] = {};
   if (g.address[chunk.tensor])
-    sweep(chunk, {G, 0}, worker, [&](const Stretch& stretch) { add_squares(lanes, stretch.tile.g, stretch.n); });
+    sweep(chunk, {G, 0}, [&](const Stretch& stretch) { add_squares(lanes, stretch.tile.g, stretch.n); });
   norm_partials_[slot] = fold(lanes);
   if (norm_arrivals_.count.fetch_add(1, std::memory_order_acq_rel) + 1 < int64_t(chunks_.size())) return;
   *out.norm = std::sqrt(sum_tree(0, int64_t(chunks_.size()), [&](int64_t c) { return norm_partials_[c]; }));
@@ -217,7 +199,7 @@ void Engine::reduce_chunk(const Chunk& chunk, int64_t slot, Worker& worker) {
     Sweep operands = kernels_.reduce_sweep;
     if (kernels_.coupled(c) != 0) operands.reads |= P;
     const float factor = scale(layer);
-    sweep(chunk, operands, worker, [&](const Stretch& stretch) { kernels_.reduce(c, factor, stretch, lanes); });
+    sweep(chunk, operands, [&](const Stretch& stretch) { kernels_.reduce(c, factor, stretch, lanes); });
   }
   double* partial = &partials_[slot * kernels_.stats()];
   for (int k = 0; k < kernels_.sums; ++k) partial[k] = fold(lanes.sum[k]);
@@ -261,6 +243,13 @@ void Engine::finish_phase() {
     if (has_stats(layers_[l])) finish(int64_t(l), started);
 }
 
+void Engine::apply_chunk(const Chunk& chunk) {
+  if (!g.address[chunk.tensor]) return;
+  const Scalars& c = scalars_[chunk.layer];
+  const float factor = scale(layers_[chunk.layer]);
+  sweep(chunk, kernels_.apply_sweep, [&](const Stretch& stretch) { kernels_.apply(c, factor, stretch); });
+}
+
 // A layer without stats has nothing to wait for: each of its chunks finishes for itself.
 void Engine::apply_elementwise(const Chunk& chunk, Worker& worker) {
   if (!g.address[chunk.tensor]) return;
@@ -271,7 +260,7 @@ void Engine::apply_elementwise(const Chunk& chunk, Worker& worker) {
   Scalars c = start(layer, worker.started);
   kernels_.finish(group(layer), {nullptr, double(layer.elements), time(layer), false, state, report}, c);
   const float factor = scale(layer);
-  sweep(chunk, kernels_.both_sweep(), worker, [&](const Stretch& stretch) { kernels_.both(c, factor, stretch); });
+  sweep(chunk, kernels_.both_sweep(), [&](const Stretch& stretch) { kernels_.both(c, factor, stretch); });
 }
 
 // A step counts for all tensors of a layer as soon as one of them had a gradient.

@@ -50,28 +50,22 @@ class Engine {
     Scalars scalars;
   };
 
-  // A worker owes the applies it has come to and does them in small strides between those of its next reduce: the one
-  // waits for memory, the other computes on what is in the cache.
   struct Worker {
     Started started;
-    std::vector<int64_t> owed;  // chunks, the next one last
-    int64_t owed_elements = 0;
-    int64_t chunk = 0;  // in hand, with the pass over it
-    Pass pass;
-    bool paying = false;
+    std::vector<int64_t> reduced;  // chunks that may still lie in its own cache, the latest last
   };
 
   void work();
   void run_item(const Item&, Worker&);
   void run_whole(int64_t layer, Worker&);
-  void owe(int64_t chunk, Worker&);
-  void pay(int64_t elements, Worker&);
+  int64_t take(int64_t layer, Worker&);
   const Scalars& start(const Layer&, Started&) const;
-  void norm_chunk(const Chunk&, int64_t slot, Worker&);
+  void norm_chunk(const Chunk&, int64_t slot);
   void clip();
   void reduce_chunk(const Chunk&, int64_t slot, Worker&);
   void combine(int64_t layer);
   void finish(int64_t layer, Started&);
+  void apply_chunk(const Chunk&);
   void apply_elementwise(const Chunk&, Worker&);
   void finish_phase();
   void advance();
@@ -80,9 +74,8 @@ class Engine {
   double time(const Layer&) const;
   const double* group(const Layer& layer) const { return groups_ + layer.group * (kernels_.hyper + 1) + 1; }
   float scale(const Layer& layer) const { return float(groups_[layer.group * (kernels_.hyper + 1)] * factor_); }
-  void begin(Pass&, const Chunk&, Sweep operands) const;
   template <class Run>
-  void sweep(const Chunk&, Sweep operands, Worker&, Run&& run);
+  void sweep(const Chunk&, Sweep operands, Run&& run) const;
 
   const Kernels& kernels_;
   std::vector<Item> items_;
@@ -94,6 +87,7 @@ class Engine {
   std::vector<double> partials_, norm_partials_;  // one row per chunk
   std::vector<Scalars> scalars_;                  // one per layer
   std::unique_ptr<Arrivals[]> arrivals_;          // one per layer
+  std::unique_ptr<std::atomic<bool>[]> taken_;    // one per chunk: its apply has been begun
   Arrivals norm_arrivals_;
   std::atomic<int64_t> ticket_{0};
 
