@@ -4,21 +4,24 @@ from functools import cache
 
 import torch
 
-from . import _cpu
+from . import _cpu, reference
 from .cpu import STORAGE
 from .rule import Rule
 from .table import is_dense, rows_outermost
 
 
 @cache
-def native_rules() -> frozenset[str]:
-    """The rules that the CPU engine was built with."""
-    return frozenset(_cpu.rules())
+def has_native_form(rule: Rule) -> bool:
+    """Whether csrc/rules holds this very rule: what is named alike but has another reference is somebody's own."""
+    needs = _cpu.rules().get(rule.name)
+    if needs is None or getattr(reference, rule.name, None) is not rule.reference:
+        return False
+    return (needs["hyper"], needs["reports"]) == (len(rule.hyper), len(rule.report))
 
 
 def cpu_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
     """Why the CPU engine cannot serve a parameter, with the remedy; "" if it can."""
-    if rule.name not in native_rules():
+    if not has_native_form(rule):
         return f"rule {rule.name!r} has no native form"
     if p.device.type != "cpu":
         return f"the parameter is on {p.device}"

@@ -14,11 +14,12 @@ RANGES = {
     "momentum": (0, math.inf, True, False),
     "dampening": (-math.inf, math.inf, False, False),
     "trust_coefficient": (0, math.inf, False, False),
-    "tau": (0, 1, True, False),
+    "tau": (0, 1 - 2**-24, True, True),  # the float32 below 1: with 1 a denominator would be 0
     "gamma": (0, 1, True, False),
     "xi": (0, math.inf, False, False),
     "max_grad_norm": (0, math.inf, False, False),
 }
+ANY = (-math.inf, math.inf, True, True)
 CHOICES = {
     "processing": ("pre", "post"),
     "backend": ("auto", "cpu", "triton", "cuda", "reference"),
@@ -48,7 +49,7 @@ def check_group(group: dict, positive_eps: bool) -> None:
     """
     for name, value in group.items():
         if name == "eps" and positive_eps:
-            check_range(name, value, 0, math.inf, False, False)
+            check_range(name, value, torch.finfo(torch.float32).tiny, math.inf, True, False)
         elif name in RANGES:
             check_range(name, value, *RANGES[name])
         elif name in CHOICES and value not in CHOICES[name]:

@@ -48,8 +48,12 @@ class CpuLaunch:
             columns.append(array("q", chain(map(torch.Tensor.data_ptr, states), absent)))
             columns.append(array("q", chain((STORAGE[s.dtype] for s in states), absent)))
         self._native.set_states(*columns)
-        outputs = (table.step, table.scalars, self.stats, table.report, self.norm)
-        self._native.set_outputs(*map(torch.Tensor.data_ptr, outputs))
+        self._outputs = self._look()
+        self._native.set_outputs(*self._outputs)
+
+    def _look(self) -> list[int]:
+        table = self.table
+        return [x.data_ptr() for x in (table.step, table.scalars, self.stats, table.report, self.norm)]
 
     def read(self) -> bool:
         """Reads every address anew. Answers False if a parameter or state is not what the table was made for.
@@ -57,6 +61,8 @@ class CpuLaunch:
         Raises:
             ValueError, TypeError: for a gradient that cannot be used; nothing has been written.
         """
+        if self._outputs != self._look():  # a packed tensor was given another storage, through one of its views
+            return False
         changed, odd, self.moved, self.absent = self._reader.read()
         if changed:
             return False
@@ -67,7 +73,7 @@ class CpuLaunch:
         """A gradient that does not lie like its parameter is copied so that it does, for this step."""
         p = self.table.params[i]
         g = check_gradient(p)
-        if g.dtype not in STORAGE or not lies_like(g, p):
+        if g.dtype not in STORAGE or not lies_like(g, p) or g.is_neg():
             dtype = g.dtype if g.dtype in STORAGE else torch.float32
             g = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(
                 g.detach()
@@ -86,6 +92,7 @@ class CpuLaunch:
         happened = self._native.run(phases, self._reader, array("d", chain.from_iterable(rows)), max_norm, threads)
         if phases & Phase.APPLY:  # until then another phase may read them
             self._copies = []
+            self._reader.release()
         return happened
 
     def workspace_bytes(self) -> int:

@@ -22,4 +22,6 @@ def check_gradient(p: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"gradient of shape {tuple(g.shape)} for a parameter of shape {tuple(p.shape)}: run backward again"
         )
+    if g.numel() and not g.untyped_storage().nbytes():
+        raise ValueError(f"gradient of shape {tuple(g.shape)} has no storage (resized to 0?): run backward again")
     return g

@@ -3,11 +3,12 @@
 from collections import defaultdict
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import state_dicts
 from ._cpu import same
 from .backends import choose
-from .checks import RANGES, check_group, check_range, trust_bounds
+from .checks import ANY, RANGES, check_group, check_range, trust_bounds
 from .cpu import CpuLaunch
 from .plan import Phase
 from .reference_engine import ReferenceLaunch
@@ -84,7 +85,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def tag_of(self, group: dict) -> str:
         """What a group's states mean: belief in the gradient gives states of the same names another meaning."""
-        return self.rule_of(group).name + "_belief" * getattr(self, "belief", False)
+        constants = (name for name in ("belief", "decoupled") if getattr(self, name, False))
+        return "_".join((self.rule_of(group).name, *constants))
 
     def add_param_group(self, group: dict) -> None:
         """Adds a group of parameters, with its own hyper-parameters where the group sets them.
@@ -117,6 +119,10 @@ class Optimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"parameter of dtype {p.dtype} and shape {tuple(p.shape)}: a real floating-point type is needed"
                 )
+            if is_traceable_wrapper_subclass(p):
+                raise TypeError(
+                    f"{type(p).__name__} parameters (sharded or quantised) are not supported by this version"
+                )
             if p.layout != torch.strided:
                 raise ValueError(f"parameter with layout {p.layout} is not supported: use a dense one")
 
@@ -125,7 +131,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Everything is checked before `state` is touched.
         """
-        self._launches = None
+        self._launches, self._valid = None, {}
         self._params = [p for group in self.param_groups for p in group["params"]]
         check_overlap(self._params)
         members = defaultdict(dict)  # of each launch: group number -> parameters
@@ -144,7 +150,10 @@ class Optimizer(torch.optim.Optimizer):
         self._entries, self._structure = list(self.state.values()), self._look()
         device = self._params[0].device if self._params else None
         norms = [launch.norm for launch in self._launches]
+        last = getattr(self, "grad_norm", None)
         self.grad_norm = norms[0] if len(norms) == 1 else torch.zeros((), dtype=torch.float64, device=device)
+        if last is not None:
+            self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -193,6 +202,8 @@ class Optimizer(torch.optim.Optimizer):
         launches = self._read()
         rows = [self._rows(launch.table) for launch in launches]
         max_norm = self.defaults["max_grad_norm"] or 0.0
+        if max_norm:
+            check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
         phases = self._norm_phase(launches, rows, max_norm, grad_norm)
         happened = True
         with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -207,25 +218,37 @@ class Optimizer(torch.optim.Optimizer):
     def _read(self) -> list:
         """Launches that have read and checked every address."""
         launches = self._current()
-        if not all([launch.read() for launch in launches]):  # shapes, types, devices or states changed
-            self._build()
-            launches = self._launches
-            if not all([launch.read() for launch in launches]):
-                raise RuntimeError("parameters change while the optimizer reads them: step() needs them at rest")
-        elif any(launch.moved for launch in launches):
-            check_overlap(self._params)
+        try:
+            if not all([launch.read() for launch in launches]):  # shapes, types, devices or states changed
+                self._build()
+                launches = self._launches
+                if not all([launch.read() for launch in launches]):
+                    raise RuntimeError("parameters change while the optimizer reads them: step() needs them at rest")
+            elif any(launch.moved for launch in launches):
+                check_overlap(self._params)
+        except BaseException:
+            self._launches = None  # what was wrong must be looked at again
+            raise
         return [launch for launch in launches if launch.absent < len(launch.table.params)]
 
     def _rows(self, table: Table) -> list[tuple]:
         """A row per group of the table: the gradient's sign, then what the rule's row holds."""
         rows = []
         for group in table.groups:
-            values = [
-                HALVES[k](group) if k in HALVES else group[k] if k in group else getattr(self, k)
-                for k in table.rule.hyper
-            ]
+            values = [self._value(group, key) for key in table.rule.hyper]
+            if values != self._valid.get(id(group)):
+                check_group(group, self.positive_eps)
+                self._valid[id(group)] = values
             rows.append((-1.0 if group["maximize"] else 1.0, *values))
         return rows
+
+    def _value(self, group: dict, key: str):
+        """One number of a group's row; a tensor stays one only where autograd is to see it."""
+        value = HALVES[key](group) if key in HALVES else getattr(self, key) if hasattr(type(self), key) else group[key]
+        if isinstance(value, torch.Tensor) and not group["differentiable"]:
+            check_range(key, value, *RANGES.get(key, ANY))
+            return float(value)
+        return value
 
     def _norm_phase(self, launches: list, rows: list, max_norm: float, given) -> int:
         """The phases left to run, with every launch's norm in place."""
@@ -233,7 +256,7 @@ class Optimizer(torch.optim.Optimizer):
             if not max_norm:
                 raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
             if torch.as_tensor(given).numel() != 1:
-                raise ValueError(f"grad_norm must have one element, got shape {tuple(given.shape)}")
+                raise ValueError(f"grad_norm must have one element, got shape {tuple(torch.as_tensor(given).shape)}")
             if float(given) < 0:
                 raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
             self.grad_norm.fill_(float(given))

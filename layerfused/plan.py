@@ -138,12 +138,12 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
         if not spec.stats or layer.elements <= whole:
             work += [Item(Kind.WHOLE, number)] if spec.stats else [Item(Kind.APPLY, c) for c in chunks]
             reduced += layer.elements
+            work += _due(waiting, reduced - ahead)
             continue
         for c in chunks:
             work.append(Item(Kind.REDUCE, c))
             reduced += plan.chunks[c].count
-            while waiting and reduced - waiting[0][1] >= ahead:
-                work.append(Item(Kind.APPLY, waiting.popleft()[0]))
+            work += _due(waiting, reduced - ahead)
         waiting.extend((c, reduced) for c in reversed(chunks))  # what was reduced last is still in the cache
     work += [Item(Kind.APPLY, c) for c, _ in waiting]
     if norm:
@@ -152,12 +152,16 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
     return plan
 
 
+def _due(waiting: deque, until: int) -> Iterable[Item]:
+    """Applies of layers whose last `reduce` came when at most `until` elements were reduced."""
+    while waiting and waiting[0][1] <= until:
+        yield Item(Kind.APPLY, waiting.popleft()[0])
+
+
 def _add_layer(plan: Plan, spec: LayerSpec, number: int, chunk: int) -> Layer:
-    first, tensors = len(plan.chunks), []
+    first, tensors = len(plan.chunks), {span.tensor for span in spec.spans}
     state = plan.layers[-1].state + plan.layers[-1].states if plan.layers else 0
     for span in spec.spans:
-        if span.tensor not in tensors:
-            tensors.append(span.tensor)
         # an empty span still gets a chunk: its tensor counts steps and its layer is finished like any other
         for start in range(span.start, span.start + max(span.count, 1), chunk):
             count = min(chunk, span.start + span.count - start)

@@ -232,7 +232,8 @@ def setadam(p, g, s, h, t, adapt):
 def adanorm(p, g, s, h, t, adapt):
     """AdamNorm and AdaBeliefNorm (AdaNorm, arXiv 2210.06364; author code): a g shorter than usual is lengthened.
 
-    eps is in the state and outside the root. [ours]: a zero g stays (author code: NaN), adapt=False rests e.
+    eps is in the state and outside the root. [ours]: a norm <= 1e-37 lengthens nothing (author code: NaN), adapt=False
+    rests e.
     """
     g = g if h.decoupled else g + h.weight_decay * p
     ic1, ic2 = corrections(h, t)
@@ -240,7 +241,7 @@ def adanorm(p, g, s, h, t, adapt):
     if adapt:
         grad_norm = norm(g)
         e = s["exp_grad_norm"] = ema(s["exp_grad_norm"], grad_norm, h.gamma)
-        short = (e > grad_norm) & (grad_norm > 0)
+        short = (e > grad_norm) & (grad_norm > 1e-37)
         reach, unit = torch.where(short, e, 1.0), torch.where(short, grad_norm, 1.0)
     longer = reach * (g / unit)  # reach/unit first could pass float32's range (1e18 over 1e-30)
     m = s["exp_avg"] = ema(s["exp_avg"], longer, h.beta1)

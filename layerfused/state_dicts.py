@@ -8,6 +8,7 @@ import torch
 from .checks import check_group
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")  # keys they keep in groups
+TORCH = ("sgd", "sgd_plain", "adam", "adam_decoupled")  # rules whose state_dicts come from torch.optim, too
 KEPT = (*SCHEDULERS, "param_names")
 
 
@@ -33,13 +34,22 @@ def load(optimizer, state_dict: dict) -> None:
     for group, theirs in zip(new_groups, saved, strict=True):
         rule = optimizer.rule_of(group)
         tag = optimizer.tag_of(group)
-        if theirs.get("rule", tag) != tag:
-            raise ValueError(f"the state_dict is of rule {theirs['rule']!r}, this optimizer's is {tag!r}")
+        check_origin(theirs, tag)
         for p, index in zip(group["params"], theirs["params"], strict=True):
             entries[p] = _entries(rule, p, state_dict["state"].get(index, {}))
     _exchange(optimizer, new_groups, entries)
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
+
+
+def check_origin(group: dict, tag: str) -> None:
+    """Raises ValueError unless a saved group is of this rule, or torch.optim's own of the same mathematics."""
+    saved = group.get("rule")
+    if saved is None and tag in TORCH:
+        decoupled = group.get("decoupled_weight_decay", "decoupled" in tag)
+        saved = tag if tag.startswith("sgd") else "adam_decoupled" if decoupled else "adam"
+    if saved != tag:
+        raise ValueError(f"the state_dict is of rule {saved or 'unknown'!r}, this optimizer's is {tag!r}")
 
 
 def _merged(optimizer, mine: dict, theirs: dict) -> dict:

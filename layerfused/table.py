@@ -161,12 +161,15 @@ def check_overlap(params: Sequence[torch.Tensor]) -> None:
     """Raises ValueError if two parameters share memory: a step would update it twice."""
     ranges = []
     for p in params:
+        if p.numel() and not p.untyped_storage().nbytes():
+            raise ValueError(f"parameter of shape {tuple(p.shape)} has no storage (resized to 0?): give it one first")
         if p.numel():
             last = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-            ranges.append((p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), p.device))
+            ranges.append((p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size(), p.device, is_dense(p)))
     ranges.sort(key=lambda r: (str(r[2]), r[0]))
     for one, other in pairwise(ranges):
-        if one[2] == other[2] and other[0] < one[1] and one[0] != 0:
+        # two views with gaps may lie between each other's elements: they are taken at their word
+        if one[2] == other[2] and other[0] < one[1] and one[0] != 0 and (one[3] or other[3]):
             raise ValueError(
                 f"two parameters share memory at {other[0]:#x}: pass one of them, or give each a storage of its own "
                 "(p.data = p.data.clone())"

@@ -22,7 +22,8 @@ FRACTION = ((-0.1, 1.0, NAN, INF), "[0, 1)")
 OUT = {  # name -> (values out of range, the range as the message has it)
     "lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": NOT_NEGATIVE,
     "dampening": ((NAN, INF, -INF), "(-inf, inf)"), "trust_coefficient": POSITIVE, "xi": POSITIVE,
-    "tau": FRACTION, "gamma": FRACTION, "max_grad_norm": POSITIVE, "k": ((-1, 1.5, NAN, True, "2"), ">= 0"),
+    "tau": ((-0.1, 1.0, 1 - 1e-9, NAN, INF), "[0, 0.99999994"),  # what float32 holds below 1
+    "gamma": FRACTION, "max_grad_norm": POSITIVE, "k": ((-1, 1.5, NAN, True, "2"), ">= 0"),
     "processing": (("middle", None), "'pre', 'post'"), "backend": (("gpu", None), "'auto'"),
     "adapt": (("yes", 2), "True, False or None"),
     "layer": (("row", 0, -2, 1.5, (), (2, 0), None, True, ("a",)), "row counts"),
@@ -42,7 +43,7 @@ def test_hyper_parameters_out_of_range(case):
     for name in known.keys() & OUT.keys():
         values, text = OUT[name]
         if name == "eps" and make(case, parameters()).positive_eps:
-            values, text = POSITIVE
+            values, text = (0.0, -1.0, 1e-50, NAN, INF), "[1.1754943508222875e-38, inf)"  # float32 holds no less
         for value in values:
             with refused((ValueError, TypeError), name, value, text):
                 if name not in IN_GROUPS_ONLY:

@@ -58,7 +58,7 @@ def test_state_dicts_that_are_refused(name):
     assert_same(snapshot(opt, params), snapshot(other, others))
 
 
-ALIKE = [{"Adam", "AdamW"}, {"LAMB", "LAMBC"}]  # may read each other's states
+ALIKE = [{"LAMB", "LAMBC"}]  # may read each other's states
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -83,6 +83,6 @@ def test_a_state_dict_of_torch_that_has_other_states():
         theirs = getattr(torch.optim, name)(params, **kwargs)
         train(theirs, params, [0])
         before = snapshot(opt := lf.AdamW(params), params)
-        with refused(ValueError, "another optimizer", "exp_avg"):
+        with refused(ValueError, "the state_dict is of", "adam"):
             opt.load_state_dict(theirs.state_dict())
         assert_same(snapshot(opt, params), before)

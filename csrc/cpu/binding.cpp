@@ -60,6 +60,7 @@ bool run(Bound& bound, unsigned phases, const Reader& reader, py::buffer groups,
   engine.p = {reader.p.data(), reader.p_storage.data()};
   engine.g = {reader.g.data(), reader.g_storage.data()};
   const std::vector<double> table = rows<double>(groups);
+  if (table.size() % size_t(engine.rule().hyper + 1)) throw std::invalid_argument("rows do not fit the rule");
   py::gil_scoped_release release;
   return engine.run(phases, table.data(), max_norm, threads);
 }
@@ -100,6 +101,7 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<Reader>(module, "Reader")
       .def(py::init<py::list, py::list, py::tuple>())
       .def("read", &Reader::read)
+      .def("release", &Reader::release)
       .def("replace_gradient", &Reader::replace_gradient)
       .def_property_readonly("workspace_bytes", &Reader::workspace_bytes);
   py::class_<Bound>(module, "Engine")

@@ -61,23 +61,28 @@ Engine::Engine(const std::string& rule, std::vector<Item> items, std::vector<Chu
 int64_t Engine::workspace_bytes() const {
   return int64_t(items_.size() * sizeof(Item) + chunks_.size() * sizeof(Chunk) +
                  layers_.size() * (sizeof(Layer) + sizeof(Scalars) + sizeof(Arrivals)) +
-                 (partials_.size() + norm_partials_.size()) * 8 + first_chunk_.size() * 8 + tensors_ * 8 * 8);
+                 (partials_.size() + norm_partials_.size()) * 8 + first_chunk_.size() * 8 + chunks_.size() + tensors_ * 4 * 8);
 }
 
 bool Engine::run(unsigned phases, const double* groups, double max_norm, int threads) {
+  if ((phases & NORM) && norm_partials_.empty() && !chunks_.empty())
+    throw std::invalid_argument("the plan was made without items for the gradient norm");
+  reset();
   phases_ = phases, groups_ = groups, max_norm_ = max_norm;
   factor_ = 1, skip_ = false;
   if (max_norm > 0 && !(phases & NORM)) clip();
-  if (phases == FINISH)
-    finish_phase();
-  else
-    run_team(threads, [this] { work(); });
+  if ((phases & FINISH) && !(phases & REDUCE) && !skip_) finish_phase();
+  if (phases != FINISH) run_team(threads, [this] { work(); });
   if ((phases & APPLY) && !skip_) advance();
+  return !skip_;
+}
+
+// At the head of a run, so that whatever became of the one before leaves nothing behind.
+void Engine::reset() {
   for (size_t l = 0; l < layers_.size(); ++l) arrivals_[l].count = 0, arrivals_[l].ready = false;
   for (size_t c = 0; c < chunks_.size(); ++c) taken_[c].store(false, std::memory_order_relaxed);
   norm_arrivals_.count = 0, norm_arrivals_.ready = false;
   ticket_ = 0;
-  return !skip_;
 }
 
 // Items are claimed in order and begun in that order, so that the first item not begun waits for none but begun ones.
@@ -112,7 +117,8 @@ void Engine::run_item(const Item& item, Worker& worker) {
   } else if (item.kind == Kind::apply && (phases_ & APPLY)) {
     if (!has_stats(layer)) return apply_elementwise(chunk, worker);
     if (phases_ & REDUCE) wait_until([&] { return arrivals.ready.load(std::memory_order_acquire); });
-    apply_chunk(chunks_[take(chunk.layer, worker)]);
+    // without a reduce before it no chunk is in anybody's cache
+    apply_chunk(phases_ & REDUCE ? chunks_[take(chunk.layer, worker)] : chunk);
   }
 }
 
@@ -122,8 +128,8 @@ void Engine::run_whole(int64_t index, Worker& worker) {
   if (phases_ & REDUCE) {
     for (int64_t c = layer.first; c <= last; ++c) reduce_chunk(chunks_[c], c, worker);
     combine(index);
+    if (phases_ & FINISH) finish(index, worker.started);
   }
-  if (phases_ & FINISH) finish(index, worker.started);
   if (phases_ & APPLY)  // backwards: the last is still in cache
     for (int64_t c = last; c >= layer.first; --c) apply_chunk(chunks_[c]);
 }
@@ -265,9 +271,11 @@ void Engine::apply_elementwise(const Chunk& chunk, Worker& worker) {
 
 // A step counts for all tensors of a layer as soon as one of them had a gradient.
 void Engine::advance() {
-  for (int64_t tensor = 0; tensor < tensors_; ++tensor)
-    if (first_chunk_[tensor] >= 0 && live_elements(layers_[chunks_[first_chunk_[tensor]].layer]) >= 0)
-      out.step[tensor] += 1;
+  for (const Layer& layer : layers_) {
+    if (live_elements(layer) < 0) continue;
+    for (int64_t c = layer.first; c < layer.first + layer.chunks; ++c)
+      if (first_chunk_[chunks_[c].tensor] == c) out.step[chunks_[c].tensor] += 1;
+  }
 }
 
 }  // namespace layerfused

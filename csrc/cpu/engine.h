@@ -69,6 +69,7 @@ class Engine {
   void apply_elementwise(const Chunk&, Worker&);
   void finish_phase();
   void advance();
+  void reset();
   int64_t live_elements(const Layer&) const;
   bool has_stats(const Layer& layer) const { return layer.adapt != 0 && kernels_.stats() > 0; }
   double time(const Layer&) const;

@@ -11,7 +11,7 @@ namespace layerfused {
 
 constexpr int LANES = 16;  // accumulators per sum: fixed, so that every instruction set adds in the same order
 constexpr int MAX_SUMS = 4, MAX_MINIMA = 2, MAX_STATS = MAX_SUMS + MAX_MINIMA, MAX_REPORTS = 4;
-constexpr int64_t TILE = 2048;  // elements per call of a sweep: five fp32 operands of it fit L1
+constexpr int64_t TILE = 2048;  // elements per call of a sweep: four fp32 operands of it fit L1
 
 struct Lanes {
   double sum[MAX_SUMS][LANES];

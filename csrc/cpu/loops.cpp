@@ -26,7 +26,7 @@ CLONES void add_squares(double (&lanes)[LANES], const float* x, int64_t n) {
   for (int j = 0; j < LANES; ++j) sum[j] = lanes[j];
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES)
-#pragma GCC unroll 1  // see reduce() in rule.cpp
+#pragma GCC unroll 1  // see for_each() in rule.cpp
     for (int j = 0; j < LANES; ++j) sum[j] += double(x[i + j]) * double(x[i + j]);
   for (int j = 0; i + j < n; ++j) sum[j] += double(x[i + j]) * double(x[i + j]);
   for (int j = 0; j < LANES; ++j) lanes[j] = sum[j];

@@ -74,6 +74,19 @@ int64_t address_of(const dlpack::Tensor& view) {
   return reinterpret_cast<int64_t>(view.data) + static_cast<int64_t>(view.byte_offset);
 }
 
+// An address of 0 is right for a tensor without elements alone: a storage that was resized away has none either.
+bool has_memory(const dlpack::Tensor& view) {
+  return view.data || std::any_of(view.shape, view.shape + view.dimensions, [](int64_t size) { return size == 0; });
+}
+
+// A view whose elements are to be read with the other sign, which DLPack does not tell.
+bool is_negated(PyObject* tensor) {
+  static PyObject* is_neg = name("is_neg");
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg));
+  if (!answer) PyErr_Clear();
+  return answer.ptr() == Py_True;
+}
+
 // The stride of a dimension of size 1 says nothing about where elements lie.
 bool lies_like(const dlpack::Tensor& view, const Layout& expected) {
   const size_t n = expected.shape.size();
@@ -95,17 +108,24 @@ Reader::Reader(py::list parameters, py::list states, py::tuple names)
     expected_[i].strides.assign(view.strides, view.strides + view.dimensions);
     p[i] = address_of(view);
     p_storage[i] = g_storage[i] = storage_of(view);
-    for (auto key : names_) entries_.push_back(py::reinterpret_borrow<py::object>(states_[i][key]));
+    for (auto key : names_) {
+      const auto entry = py::reinterpret_borrow<py::object>(states_[i][key]);
+      if (!look(entry.ptr(), view)) throw py::value_error("a state of parameter " + std::to_string(i) + " has no strides");
+      entries_.push_back({entry, address_of(view), storage_of(view)});
+    }
   }
 }
 
-// Whether the engine's entries in a parameter's state are the objects they were.
+// Whether the engine's entries in a parameter's state are the objects they were, and lie where they lay.
 bool Reader::keeps_states(size_t i) const {
   const Py_ssize_t names = PyTuple_GET_SIZE(names_.ptr());
   PyObject* state = PyList_GET_ITEM(states_.ptr(), Py_ssize_t(i));
   for (Py_ssize_t k = 0; k < names; ++k) {
     PyObject* entry = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(names_.ptr(), k));
-    if (entry != entries_[i * size_t(names) + size_t(k)].ptr()) return false;
+    const Entry& known = entries_[i * size_t(names) + size_t(k)];
+    dlpack::Tensor view;
+    if (entry != known.tensor.ptr() || !look(entry, view)) return false;
+    if (address_of(view) != known.address || storage_of(view) != known.storage) return false;
   }
   return true;
 }
@@ -116,18 +136,21 @@ py::tuple Reader::read() {
   bool moved = false;
   int64_t absent = 0;
   dlpack::Tensor view;
+  gradients_.assign(expected_.size(), py::none());
   for (size_t i = 0; i < expected_.size(); ++i) {
     PyObject* parameter = PyList_GET_ITEM(parameters_.ptr(), Py_ssize_t(i));
-    if (!look(parameter, view) || storage_of(view) != p_storage[i] || !lies_like(view, expected_[i]) || !keeps_states(i))
-      changed.append(i);
+    const bool kept = look(parameter, view) && storage_of(view) == p_storage[i] && lies_like(view, expected_[i]);
+    if (!kept || !has_memory(view) || !keeps_states(i)) changed.append(i);
     moved |= p[i] != address_of(view);
     p[i] = address_of(view);
     const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, grad));
     if (!gradient) throw py::error_already_set();
     g[i] = 0;
+    gradients_[i] = gradient;
     if (gradient.is_none()) {
       ++absent;
-    } else if (look(gradient.ptr(), view) && storage_of(view) != NOT_SERVED && lies_like(view, expected_[i])) {
+    } else if (look(gradient.ptr(), view) && storage_of(view) != NOT_SERVED && lies_like(view, expected_[i]) &&
+               has_memory(view) && !is_negated(gradient.ptr())) {
       g[i] = address_of(view) ? address_of(view) : -1;  // an empty gradient is there, though it has no memory
       g_storage[i] = storage_of(view);
     } else {
@@ -138,10 +161,12 @@ py::tuple Reader::read() {
 }
 
 int64_t Reader::workspace_bytes() const {
-  int64_t bytes = int64_t(p.size() * 4 * 8 + entries_.size() * sizeof(py::object));
+  int64_t bytes = int64_t(p.size() * 4 * 8 + entries_.size() * sizeof(Entry));
   for (const Layout& one : expected_) bytes += int64_t(sizeof(Layout) + one.shape.size() * 16);
   return bytes;
 }
+
+void Reader::release() { gradients_.clear(); }
 
 void Reader::replace_gradient(size_t index, int64_t address, int64_t storage) {
   g.at(index) = address, g_storage.at(index) = storage;

@@ -29,16 +29,23 @@ class Reader {
   pybind11::tuple read();
 
   int64_t workspace_bytes() const;
+  void release();  // lets go of the gradients: until then they cannot be freed under the engine
   void replace_gradient(size_t index, int64_t address, int64_t storage);
   std::vector<int64_t> p, g, p_storage, g_storage;
 
  private:
   bool keeps_states(size_t i) const;
 
+  struct Entry {
+    pybind11::object tensor;  // held, so that no other can take its place unseen
+    int64_t address, storage;
+  };
+
   pybind11::list parameters_, states_;
   pybind11::tuple names_;
   std::vector<Layout> expected_;
-  std::vector<pybind11::object> entries_;  // held, so that no other tensor can take their place unseen
+  std::vector<Entry> entries_;
+  std::vector<pybind11::object> gradients_;
 };
 
 // Whether two lists hold the same objects.

@@ -28,7 +28,7 @@ struct adanorm {
       double& e = *layer.state;
       norm = std::sqrt(layer.stats[GG]);
       e += (1 - h.gamma) * (norm - e);
-      if (norm != 0 && e > norm) reach = e, unit = 1 / norm;  // norm 0: nothing to lengthen
+      if (norm > 1e-37 && e > norm) reach = e, unit = 1 / norm;  // of less than that 1/norm passes fp32's range
     }
     c.reach = float(reach), c.unit = float(unit);  // their product can pass fp32's range: 1e18 over 1e-30
     layer.report[0] = norm, layer.report[1] = *layer.state, layer.report[2] = reach * unit;
