@@ -36,7 +36,7 @@ class CpuLaunch:
         plan = make_plan(table.layers, chunk=CHUNK, whole=WHOLE, ahead=AHEAD, norm=True)
         self._native = _cpu.Engine(rule.name, *plan.packed(), len(table.params))
         self._entries = [state[p] for p in table.params]
-        self._reader = _cpu.Reader(table.params, self._entries, rule.entries)
+        self._reader = _cpu.Reader(table.params, self._entries, rule.entries, len(rule.states))
         self._bind()
         self._elements = sum(span.count for spec in table.layers for span in spec.spans)
 

@@ -37,4 +37,4 @@ class Rule:
     @property
     def entries(self) -> tuple[str, ...]:
         """The keys of a parameter's `state`."""
-        return ("step", *self.states, *((self.scalar,) if self.scalar else ()))
+        return ("step", *((self.scalar,) if self.scalar else ()), *self.states)

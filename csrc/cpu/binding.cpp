@@ -99,7 +99,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("same", &same, "whether two lists hold the same objects");
   py::class_<Reader>(module, "Reader")
-      .def(py::init<py::list, py::list, py::tuple>())
+      .def(py::init<py::list, py::list, py::tuple, int>(), py::arg("parameters"), py::arg("states"), py::arg("names"),
+           py::arg("elementwise") = 0)
       .def("read", &Reader::read)
       .def("release", &Reader::release)
       .def("replace_gradient", &Reader::replace_gradient)

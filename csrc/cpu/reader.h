@@ -20,8 +20,9 @@ struct Layout {
 
 class Reader {
  public:
-  // `parameters` is a list of tensors, `states` a list of dicts whose entries under `names` belong to the engine.
-  Reader(pybind11::list parameters, pybind11::list states, pybind11::tuple names);
+  // `parameters` is a list of tensors, `states` a list of dicts whose entries under `names` belong to the engine. The
+  // last `elementwise` names are tensors of their own, which may be given another memory; the others are views.
+  Reader(pybind11::list parameters, pybind11::list states, pybind11::tuple names, int elementwise);
 
   // Reads p and g. Answers what Python has to look at: the indices of parameters that changed their layout or whose
   // states were replaced, those of gradients that do not lie like their parameter, whether an address of p changed,
@@ -35,6 +36,7 @@ class Reader {
 
  private:
   bool keeps_states(size_t i) const;
+  bool is_plain(size_t i, PyObject* gradient, int64_t address);
 
   struct Entry {
     pybind11::object tensor;  // held, so that no other can take its place unseen
@@ -44,8 +46,10 @@ class Reader {
   pybind11::list parameters_, states_;
   pybind11::tuple names_;
   std::vector<Layout> expected_;
+  int elementwise_;
   std::vector<Entry> entries_;
   std::vector<pybind11::object> gradients_;
+  std::vector<std::pair<PyObject*, int64_t>> plain_;  // gradients, and their addresses, known not to be negated
 };
 
 // Whether two lists hold the same objects.
