@@ -54,3 +54,14 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
     if lacks and asked == "cpu":
         raise ValueError(f"backend='cpu' cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")
     return "reference" if lacks else "cpu"
+
+
+def engines_of(group: dict, rule: Rule) -> list[str]:
+    """The engine of each parameter of a group; one for all where they are one layer."""
+    engines = [choose(group, rule, p) for p in group["params"]]
+    if group["layer"] != "group" or not rule.layerwise:
+        return engines
+    devices = {p.device for p in group["params"]}
+    if len(devices) > 1:
+        raise ValueError(f"layer='group' needs all tensors of the group on one device, got {sorted(map(str, devices))}")
+    return ["reference"] * len(engines) if "reference" in engines else engines

@@ -7,11 +7,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import state_dicts
 from ._cpu import same
-from .backends import choose
+from .backends import engines_of
 from .checks import ANY, RANGES, check_group, check_range, trust_bounds
 from .cpu import CpuLaunch
 from .plan import Phase
 from .reference_engine import ReferenceLaunch
+from .reports import by_name
 from .rule import Rule
 from .table import Table, check_overlap
 from .traffic import traffic
@@ -291,18 +292,7 @@ class Optimizer(torch.optim.Optimizer):
             Per parameter a dict from name to float, or to a list of floats where the parameter is cut into layers.
             Keys are the parameters' names if the optimizer was built from named parameters, else "group.index".
         """
-        found = {}
-        for launch in self._current():
-            table, report = launch.table, launch.table.report.tolist()
-            for p, layers in zip(table.params, table.layers_of(), strict=True):
-                columns = {name: [report[n][k] for n in layers] for k, name in enumerate(table.rule.report)}
-                found[p] = {name: c[0] if len(c) == 1 else c for name, c in columns.items()}
-        names = {}
-        for number, group in enumerate(self.param_groups):
-            given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-            for i, (name, p) in enumerate(zip(given, group["params"], strict=True)):
-                names[f"{number}.{i}" if name in names else name] = found[p]  # two models may share names
-        return names
+        return by_name(self.param_groups, [launch.table for launch in self._current()])
 
     def traffic(self) -> dict[str, int]:
         """Bytes that one step moves when every parameter has a gradient, by the plan's own count, and its launches.
@@ -345,14 +335,3 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._launches = None
-
-
-def engines_of(group: dict, rule: Rule) -> list[str]:
-    """The engine of each parameter of a group; one for all where they are one layer."""
-    engines = [choose(group, rule, p) for p in group["params"]]
-    if group["layer"] != "group" or not rule.layerwise:
-        return engines
-    devices = {p.device for p in group["params"]}
-    if len(devices) > 1:
-        raise ValueError(f"layer='group' needs all tensors of the group on one device, got {sorted(map(str, devices))}")
-    return ["reference"] * len(engines) if "reference" in engines else engines
