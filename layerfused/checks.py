@@ -44,6 +44,10 @@ def check_range(name: str, value, low, high, low_in: bool, high_in: bool) -> Non
 def check_group(group: dict, positive_eps: bool) -> None:
     """Checks every hyper-parameter of a parameter group.
 
+    Args:
+        group: the group, defaults filled in.
+        positive_eps: the rule divides by a root with nothing but eps in it, so that float32 must hold eps.
+
     Raises:
         ValueError, TypeError: naming the hyper-parameter, its value and its range.
     """

@@ -298,7 +298,8 @@ class Optimizer(torch.optim.Optimizer):
         """Bytes that one step moves when every parameter has a gradient, by the plan's own count, and its launches.
 
         Returns:
-            "compulsory": every operand read once and written once; "requested": what the sweeps ask for (what of it
+            "compulsory": every operand read once and written once, and the gradients once more where they are
+            clipped by their global norm, which has to be known first; "requested": what the sweeps ask for (what of it
             is found in a cache is the machine's affair); "launches": native calls.
         """
         counts = [

@@ -36,7 +36,7 @@ class Table:
     """Parameters of one rule on one device, with their layers and what every engine writes for them.
 
     Attributes:
-        params, group_of: the parameters and the number (in `groups`) of each one's group.
+        params: the parameters, group by group.
         layers: a `LayerSpec` per layer, in the order of the parameters.
         slots: per parameter, its range of slots for the scalars of its layers.
         layer_slots: per layer, its range of slots: one, or with layer="group" one per member, kept alike.
@@ -48,7 +48,6 @@ class Table:
     def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]]):
         self.rule, self.groups = rule, groups
         self.params = [p for params in members for p in params]
-        self.group_of = [number for number, params in enumerate(members) for _ in params]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
         for number, (group, params) in enumerate(zip(groups, members, strict=True)):
