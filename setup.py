@@ -141,7 +141,8 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    packages=find_packages(include=["layerfused", "layerfused.*"]),
+    packages=[*find_packages(include=["layerfused", "layerfused.*"]), "layerfused.kernels"],
+    package_dir={"layerfused.kernels": "kernels"},
     ext_modules=[cpu_engine()],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,22 +1,27 @@
 """Which engine serves which parameter: one explicit table, and errors that say what is missing."""
 
+import warnings
 from functools import cache
 
 import torch
 
-from . import _cpu, reference
-from .cpu import STORAGE
+from .forms import has_native_form, triton_form
+from .launch import STORAGE
 from .rule import Rule
 from .table import is_dense, rows_outermost
 
+AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # by the parameter's device, in order; last of all the reference engine
 
-@cache
-def has_native_form(rule: Rule) -> bool:
-    """Whether csrc/rules holds this very rule: what is named alike but has another reference is somebody's own."""
-    needs = _cpu.rules().get(rule.name)
-    if needs is None or getattr(reference, rule.name, None) is not rule.reference:
-        return False
-    return (needs["hyper"], needs["reports"]) == (len(rule.hyper), len(rule.report))
+
+def layout_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
+    """Why an engine that works on addresses cannot serve a parameter; "" if it can."""
+    if p.dtype not in STORAGE:
+        return f"it works on float32, bfloat16 and float16, not on {p.dtype}"
+    if not is_dense(p):
+        return f"strides {p.stride()} leave gaps in memory or overlap"
+    if rule.layerwise and group["layer"] not in ("tensor", "group") and not rows_outermost(p):
+        return f"with strides {p.stride()} the rows of dimension 0 are no stretches of memory"
+    return ""
 
 
 def cpu_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
@@ -25,13 +30,36 @@ def cpu_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
         return f"rule {rule.name!r} has no native form"
     if p.device.type != "cpu":
         return f"the parameter is on {p.device}"
-    if p.dtype not in STORAGE:
-        return f"it works on float32, bfloat16 and float16, not on {p.dtype}"
-    if not is_dense(p):
-        return f"strides {p.stride()} leave gaps in memory or overlap"
-    if rule.layerwise and group["layer"] not in ("tensor", "group") and not rows_outermost(p):
-        return f"with strides {p.stride()} the rows of dimension 0 are no stretches of memory"
+    return layout_lacks(group, rule, p)
+
+
+@cache
+def triton_is_missing() -> str:
+    """Why there is no Triton to use, with the remedy; "" if there is. A failed import is not tried again."""
+    try:
+        from . import kernels  # noqa: F401
+    except ImportError as error:
+        return str(error)
     return ""
+
+
+def triton_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
+    """Why the Triton engine cannot serve a parameter, with the remedy; "" if it can."""
+    if triton_is_missing():
+        return triton_is_missing()
+    from .kernels import INTERPRETED
+
+    if p.device.type != "cuda" and not (INTERPRETED and p.device.type == "cpu"):
+        interpreter = ", or TRITON_INTERPRET=1 in the environment" if p.device.type == "cpu" else ""
+        return f"the parameter is on {p.device}: it needs a GPU{interpreter}"
+    if triton_form(rule) is None:
+        return f"rule {rule.name!r} has no Triton form: give its Rule one (triton=)"
+    if group["layer"] == "group" and rule.layerwise and len({q.dtype for q in group["params"]}) > 1:
+        return "layer='group' over parameters of several types"
+    return layout_lacks(group, rule, p)
+
+
+LACKS = {"cpu": cpu_lacks, "triton": triton_lacks}
 
 
 def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
@@ -46,14 +74,21 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
         raise ValueError(f"backend={asked!r} cannot serve differentiable=True, foreach=True or fused=False: use 'auto'")
     if plain or asked == "reference":
         return "reference"
-    if asked in ("cuda", "triton"):
-        raise ValueError(
-            f"backend={asked!r} is not part of this version of layerfused: use 'auto', 'cpu' or 'reference'"
-        )
-    lacks = cpu_lacks(group, rule, p)
-    if lacks and asked == "cpu":
-        raise ValueError(f"backend='cpu' cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")
-    return "reference" if lacks else "cpu"
+    if asked == "auto":
+        return _automatic(group, rule, p)
+    if asked not in LACKS:
+        raise ValueError(f"backend={asked!r} is not part of this version of layerfused: use 'auto', 'cpu' or 'triton'")
+    lacks = LACKS[asked](group, rule, p)
+    if lacks:
+        raise ValueError(f"backend={asked!r} cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")
+    return asked
+
+
+def _automatic(group: dict, rule: Rule, p: torch.Tensor) -> str:
+    engines = AUTO.get(p.device.type, ())
+    if "triton" in engines and triton_is_missing():  # one line to install, and a hundredfold slower without
+        warnings.warn(f"parameters on {p.device} go to the slow reference engine. {triton_is_missing()}", stacklevel=2)
+    return next((engine for engine in engines if not LACKS[engine](group, rule, p)), "reference")
 
 
 def engines_of(group: dict, rule: Rule) -> list[str]:
@@ -65,3 +100,14 @@ def engines_of(group: dict, rule: Rule) -> list[str]:
     if len(devices) > 1:
         raise ValueError(f"layer='group' needs all tensors of the group on one device, got {sorted(map(str, devices))}")
     return ["reference"] * len(engines) if "reference" in engines else engines
+
+
+def launch_of(engine: str):
+    """The class that runs an engine. Triton's takes a second to import, so only who uses it waits."""
+    if engine == "triton":
+        from .triton_engine import TritonLaunch as chosen
+    elif engine == "cpu":
+        from .cpu import CpuLaunch as chosen
+    else:
+        from .reference_engine import ReferenceLaunch as chosen
+    return chosen

@@ -6,37 +6,34 @@ from itertools import chain
 import torch
 
 from . import _cpu
-from .gradients import check_gradient
+from .forms import needs_of
+from .launch import STORAGE, Launch
 from .plan import Phase, make_plan
-from .table import Table, lies_like
-
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu/storage.h
+from .table import Table
 
 CHUNK = 64 * 1024  # elements: four operands of it fit a 2 MiB L2
-WHOLE = 64 * 1024  # layers up to this size are one worker's: reduced and applied from its own cache
+WHOLE = 1  # chunks: a layer of one is one worker's, reduced and applied from its own cache
 AHEAD = CHUNK
 PER_THREAD = 32 * 1024  # with fewer elements than this per thread, waking one costs more than it brings
 
 
-class CpuLaunch:
+class CpuLaunch(Launch):
     """One native call per step for all groups of a table.
 
     Attributes:
         stats: float64 [layers, stats]: what `reduce` leaves and `finish` takes.
         norm: float64, 0-dim: the gradient norm, computed by the phase NORM or given.
-        absent, moved: how many parameters had no gradient at the last `read()`, whether any lay elsewhere.
     """
 
     engine = "cpu"
 
     def __init__(self, table: Table, state: dict):
-        self.table, rule = table, table.rule
-        self.stats = torch.zeros(len(table.layers), needs_of(rule)["stats"], dtype=torch.float64)
+        super().__init__(table, state)
+        rule = table.rule
+        self.stats = torch.zeros(len(table.layers), needs_of(rule).terms, dtype=torch.float64)
         self.norm = torch.zeros((), dtype=torch.float64)
         plan = make_plan(table.layers, chunk=CHUNK, whole=WHOLE, ahead=AHEAD, norm=True)
         self._native = _cpu.Engine(rule.name, *plan.packed(), len(table.params))
-        self._entries = [state[p] for p in table.params]
-        self._reader = _cpu.Reader(table.params, self._entries, rule.entries, len(rule.states))
         self._bind()
         self._elements = sum(span.count for spec in table.layers for span in spec.spans)
 
@@ -51,56 +48,17 @@ class CpuLaunch:
         self._outputs = self._look()
         self._native.set_outputs(*self._outputs)
 
-    def _look(self) -> list[int]:
-        table = self.table
-        return [x.data_ptr() for x in (table.step, table.scalars, self.stats, table.report, self.norm)]
-
-    def read(self) -> bool:
-        """Reads every address anew. Answers False if a parameter or state is not what the table was made for.
-
-        Raises:
-            ValueError, TypeError: for a gradient that cannot be used; nothing has been written.
-        """
-        if self._outputs != self._look():  # a packed tensor was given another storage, through one of its views
-            return False
-        changed, odd, self.moved, self.absent = self._reader.read()
-        if changed:
-            return False
-        self._copies = [self._copy(i) for i in odd]
-        return True
-
-    def _copy(self, i: int) -> torch.Tensor:
-        """A gradient that does not lie like its parameter is copied so that it does, for this step."""
-        p = self.table.params[i]
-        g = check_gradient(p)
-        if g.dtype not in STORAGE or not lies_like(g, p) or g.is_neg():
-            dtype = g.dtype if g.dtype in STORAGE else torch.float32
-            g = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(
-                g.detach()
-            )
-        self._reader.replace_gradient(i, g.data_ptr() or -1, STORAGE[g.dtype])
-        return g
-
-    def written(self) -> list:
-        """The parameters that a step writes: raw writes are unseen by autograd unless their versions are counted."""
-        params = self.table.params
-        return [p for p in params if p.grad is not None] if self.absent else params
-
-    def run(self, phases: int, rows: list, max_norm: float) -> bool:
-        """Runs phases of a step; False if it is skipped because the gradient norm is not finite."""
+    def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
+        """Runs phases of a step; False if it is skipped, and counted, because the gradient norm is not finite."""
         threads = max(1, min(torch.get_num_threads(), self._elements // PER_THREAD))
         happened = self._native.run(phases, self._reader, array("d", chain.from_iterable(rows)), max_norm, threads)
         if phases & Phase.APPLY:  # until then another phase may read them
             self._copies = []
             self._reader.release()
+            if not happened and skipped is not None:
+                skipped += 1
         return happened
 
     def workspace_bytes(self) -> int:
         tensors = (self.stats, self.table.report, self.norm)
         return self._native.workspace_bytes + self._reader.workspace_bytes + sum(x.nbytes for x in tensors)
-
-
-def needs_of(rule) -> dict:
-    """Stats, operands read and written by each sweep of a rule, as the engine was compiled."""
-    needs = _cpu.rules()[rule.name]
-    return {**needs, "stats": needs["sums"] + needs["minima"]}

@@ -7,17 +7,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import state_dicts
 from ._cpu import same
-from .backends import engines_of
+from .backends import engines_of, launch_of
 from .checks import ANY, RANGES, check_group, check_range, trust_bounds
-from .cpu import CpuLaunch
 from .plan import Phase
-from .reference_engine import ReferenceLaunch
 from .reports import by_name
 from .rule import Rule
 from .table import Table, check_overlap
 from .traffic import traffic
 
-LAUNCHES = {"cpu": CpuLaunch, "reference": ReferenceLaunch}
 HALVES = {  # what a rule's row takes out of a pair
     "beta1": lambda group: group["betas"][0],
     "beta2": lambda group: group["betas"][1],
@@ -141,13 +138,16 @@ class Optimizer(torch.optim.Optimizer):
             if rule.needs_adapt and not group["adapt"]:
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
             for p, engine in zip(group["params"], engines_of(group, rule), strict=True):
-                members[engine, p.device, rule].setdefault(number, []).append(p)
+                variant = launch_of(engine).variant(p, self.state.get(p, {}), rule)
+                members[engine, p.device, rule, variant].setdefault(number, []).append(p)
+            if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
+                raise ValueError("layer='group' needs states of one type on this engine: load them alike, or cast them")
         tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
-        for (engine, _, rule), lists in members.items():
+        for (engine, _, rule, _), lists in members.items():
             tables.append((engine, Table(rule, [self.param_groups[number] for number in lists], list(lists.values()))))
             tables[-1][1].adopt(entries)
         self._keep(entries)
-        self._launches = [LAUNCHES[engine](table, self.state) for engine, table in tables]
+        self._launches = [launch_of(engine)(table, self.state) for engine, table in tables]
         self._entries, self._structure = list(self.state.values()), self._look()
         device = self._params[0].device if self._params else None
         norms = [launch.norm for launch in self._launches]
@@ -201,19 +201,17 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         launches = self._read()
-        rows = [self._rows(launch.table) for launch in launches]
+        rows = [self._rows(launch) for launch in launches]
         max_norm = self.defaults["max_grad_norm"] or 0.0
         if max_norm:
             check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
         phases = self._norm_phase(launches, rows, max_norm, grad_norm)
-        happened = True
         with torch.set_grad_enabled(self.defaults["differentiable"]):
+            skipped = self.skipped_steps  # all launches skip together, and the first counts it
             for launch, own in zip(launches, rows, strict=True):
-                happened &= launch.run(phases, own, max_norm)
-                if happened:
+                if launch.run(phases, own, max_norm, skipped):
                     torch.autograd.graph.increment_version(launch.written())
-        if not happened:
-            self.skipped_steps += 1
+                skipped = None
         return loss
 
     def _read(self) -> list:
@@ -232,21 +230,23 @@ class Optimizer(torch.optim.Optimizer):
             raise
         return [launch for launch in launches if launch.absent < len(launch.table.params)]
 
-    def _rows(self, table: Table) -> list[tuple]:
-        """A row per group of the table: the gradient's sign, then what the rule's row holds."""
-        rows = []
+    def _rows(self, launch) -> list[tuple]:
+        """A row per group of the launch's table: the gradient's sign, then what the rule's row holds."""
+        rows, table = [], launch.table
+        device = table.step.device if launch.live else None
         for group in table.groups:
-            values = [self._value(group, key) for key in table.rule.hyper]
-            if values != self._valid.get(id(group)):
+            values = [self._value(group, key, device) for key in table.rule.hyper]
+            seen = [id(value) if isinstance(value, torch.Tensor) else value for value in values]
+            if seen != self._valid.get(id(group)):
                 check_group(group, self.positive_eps)
-                self._valid[id(group)] = values
+                self._valid[id(group)] = seen
             rows.append((-1.0 if group["maximize"] else 1.0, *values))
         return rows
 
-    def _value(self, group: dict, key: str):
-        """One number of a group's row; a tensor stays one only where autograd is to see it."""
+    def _value(self, group: dict, key: str, device: torch.device | None):
+        """One number of a group's row; a tensor stays one where autograd, or the kernel on `device`, is to see it."""
         value = HALVES[key](group) if key in HALVES else getattr(self, key) if hasattr(type(self), key) else group[key]
-        if isinstance(value, torch.Tensor) and not group["differentiable"]:
+        if isinstance(value, torch.Tensor) and not group["differentiable"] and value.device != device:
             check_range(key, value, *RANGES.get(key, ANY))
             return float(value)
         return value
@@ -258,9 +258,9 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
             if torch.as_tensor(given).numel() != 1:
                 raise ValueError(f"grad_norm must have one element, got shape {tuple(torch.as_tensor(given).shape)}")
-            if float(given) < 0:
+            if (not isinstance(given, torch.Tensor) or given.device.type == "cpu") and float(given) < 0:
                 raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
-            self.grad_norm.fill_(float(given))
+            self.grad_norm.copy_(torch.as_tensor(given).reshape(()), non_blocking=True)
         elif not max_norm:
             return Phase.STEP & ~Phase.NORM
         elif not launches:  # nothing has a gradient
@@ -303,7 +303,8 @@ class Optimizer(torch.optim.Optimizer):
             is found in a cache is the machine's affair); "launches": native calls.
         """
         counts = [
-            traffic(launch.table, self.state, self.defaults["max_grad_norm"] is not None) for launch in self._current()
+            traffic(launch.table, self.state, self.defaults["max_grad_norm"] is not None, launch.on_chip)
+            for launch in self._current()
         ]
         totals = {key: sum(count[key] for count in counts) for key in ("compulsory", "requested")}
         return {**totals, "launches": sum(launch.engine != "reference" for launch in self._launches)}

@@ -14,6 +14,8 @@ class ReferenceLaunch:
     """Plain torch, layer by layer: slow, exact, differentiable."""
 
     engine = "reference"
+    live, on_chip = False, 0
+    variant = staticmethod(lambda p, entries, rule: ())
 
     def __init__(self, table: Table, state: dict):
         self.table, self.state = table, state
@@ -40,8 +42,8 @@ class ReferenceLaunch:
     def written(self) -> list:
         return []  # torch's own in-place operations count versions themselves
 
-    def run(self, phases: int, rows: list, max_norm: float) -> bool:
-        """A whole step, or the phase NORM alone; False if the step is skipped because the norm is not finite."""
+    def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
+        """A whole step, or the phase NORM alone; False if the step is skipped, and counted: the norm is not finite."""
         if phases & Phase.NORM:
             self.norm.copy_(global_norm([p.grad for p in self.table.params if p.grad is not None]))
         if phases == Phase.NORM:
@@ -50,6 +52,8 @@ class ReferenceLaunch:
             raise ValueError("the reference engine runs whole steps only")
         norm = float(self.norm.detach()) if max_norm > 0 else 0.0
         if not norm < float("inf"):
+            if skipped is not None:
+                skipped += 1
             return False
         traced = self.norm.clone() if torch.is_grad_enabled() else norm  # differentiable: the clip has a derivative
         factor = max_norm / traced if norm > max_norm else 1.0

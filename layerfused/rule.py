@@ -1,7 +1,7 @@
 """A rule: what the engines need to know of one optimizer's mathematics."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,9 @@ class Rule:
         layerwise: whether the rule takes stats over a layer (and so whether `adapt` and `layer` mean anything).
         needs_adapt: whether nothing of the rule would be left with `adapt=False`.
         reference: the same mathematics in torch, `reference(p, g, s, h, t, adapt) -> (p, report)`
-            (see `layerfused.reference`). A rule without a native form runs on it anywhere.
+            (see `layerfused.reference`). A rule without another form runs on it anywhere.
+        triton: the same mathematics in Triton, a `layerfused.kernels.Rule`, for a rule of one's own; the rules of this
+            package have theirs in `kernels/rules.py`.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Rule:
     report: tuple[str, ...] = ()
     layerwise: bool = True
     needs_adapt: bool = False
+    triton: object = field(default=None, compare=False)
 
     def __post_init__(self):
         if len(self.states) > 2:

@@ -62,7 +62,7 @@ def numbers(source, n):
 class Tensor:
     """As much of a tensor as csrc/cpu/reader.cpp asks for."""
 
-    device = SimpleNamespace(type="cpu")
+    device = SimpleNamespace(type="cpu", index=None)
 
     def __init__(self, values, dtype):
         self.memory, self.dtype, self.shape, self.grad = Memory(packed(values, dtype)), dtype, (len(values),), None

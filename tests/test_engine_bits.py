@@ -24,8 +24,8 @@ from layerfused import cpu
 from layerfused.plan import Phase
 
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
-# Several layers above WHOLE in flight, small ones between them.
-LARGE = (17, cpu.WHOLE + cpu.CHUNK + 5, 300, cpu.WHOLE + 1, 0, 2 * cpu.CHUNK + 3)
+# Several layers of more than one chunk in flight, small ones between them.
+LARGE = (17, 2 * cpu.CHUNK + 5, 300, cpu.CHUNK + 1, 0, 2 * cpu.CHUNK + 3)
 MANY = tuple(range(0, 1500, 37))  # against chunks of 64
 
 
@@ -95,7 +95,7 @@ def phase_by_phase(opt, params, grads, max_norm, phases):
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     (launch,) = opt._read()
-    rows = opt._rows(launch.table)
+    rows = opt._rows(launch)
     for phase in phases:
         assert launch.run(phase, rows, max_norm)
     return launch
@@ -136,7 +136,7 @@ def test_finish_takes_the_stats_that_it_finds():
     launch.stats[0] *= torch.tensor([16.0, 4.0])
     p, u = launch.stats[0].sqrt()
     for phase in (Phase.FINISH, Phase.APPLY):
-        launch.run(phase, opt._rows(launch.table), 0.0)
+        launch.run(phase, opt._rows(launch), 0.0)
     assert opt.layer_stats()["0.0"] == {"param_norm": p, "update_norm": u, "trust_ratio": p / u}
 
 

@@ -81,6 +81,6 @@ def test_rows_hold_the_hyper_parameters(name):
     """Behind the gradient's sign, as the tests' own table of cases has them."""
     for maximize, sign in ((False, 1.0), (True, -1.0)):
         opt = make(name, parameters(starts((1,))), maximize=maximize)
-        ((found, *row),) = opt._rows(opt._current()[0].table)
+        ((found, *row),) = opt._rows(opt._current()[0])
         assert found == sign
         assert dict(zip(RULES[NAMED[name].rule].hyper, map(float, row), strict=True)) == NAMED[name].hyper

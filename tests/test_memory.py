@@ -123,7 +123,7 @@ def test_finish_and_apply_in_one_call():
     other.step()
     launch = opt._launches[0]
     launch.read()
-    rows = opt._rows(launch.table)
+    rows = opt._rows(launch)
     launch.run(Phase.REDUCE, rows, 0.0)
     launch.run(Phase.FINISH | Phase.APPLY, rows, 0.0)
     assert torch.equal(p, q)

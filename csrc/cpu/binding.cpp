@@ -104,6 +104,8 @@ PYBIND11_MODULE(_cpu, module) {
       .def("read", &Reader::read)
       .def("release", &Reader::release)
       .def("replace_gradient", &Reader::replace_gradient)
+      .def("addresses", &Reader::addresses)
+      .def_readonly("g_storage", &Reader::g_storage)
       .def_property_readonly("workspace_bytes", &Reader::workspace_bytes);
   py::class_<Bound>(module, "Engine")
       .def(py::init(&make))

@@ -50,7 +50,10 @@ bool look_by_methods(PyObject* tensor, dlpack::Tensor& view, std::vector<int64_t
     const std::string type = py::str(t.attr("dtype"));
     view.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<int64_t>());
     view.byte_offset = 0;
-    view.device.type = t.attr("device").attr("type").cast<std::string>() == "cpu" ? dlpack::CPU : 0;
+    const py::object device = t.attr("device"), number = device.attr("index");
+    // Equal where the devices are; of what DLPack calls them only the CPU's number is kept.
+    view.device.type = device.attr("type").cast<std::string>() == "cpu" ? dlpack::CPU : int32_t(py::hash(device.attr("type")));
+    view.device.id = number.is_none() ? 0 : number.cast<int32_t>();
     view.type.bits = type == "torch.float32" ? 32 : type == "torch.float16" || type == "torch.bfloat16" ? 16 : 0;
     view.type.code = type == "torch.bfloat16" ? dlpack::BFLOAT : dlpack::FLOAT;
     sizes.clear();
@@ -90,7 +93,7 @@ bool is_negated(PyObject* tensor) {
 // The stride of a dimension of size 1 says nothing about where elements lie.
 bool lies_like(const dlpack::Tensor& view, const Layout& expected) {
   const size_t n = expected.shape.size();
-  if (size_t(view.dimensions) != n || view.device.type != dlpack::CPU) return false;
+  if (size_t(view.dimensions) != n || expected.device != std::pair(view.device.type, view.device.id)) return false;
   for (size_t k = 0; k < n; ++k)
     if (view.shape[k] != expected.shape[k] || (view.strides[k] != expected.strides[k] && view.shape[k] > 1)) return false;
   return true;
@@ -107,6 +110,7 @@ Reader::Reader(py::list parameters, py::list states, py::tuple names, int elemen
     if (!look(parameters_[i].ptr(), view)) throw py::value_error("parameter " + std::to_string(i) + " has no strides");
     expected_[i].shape.assign(view.shape, view.shape + view.dimensions);
     expected_[i].strides.assign(view.strides, view.strides + view.dimensions);
+    expected_[i].device = {view.device.type, view.device.id};
     p[i] = address_of(view);
     p_storage[i] = g_storage[i] = storage_of(view);
     for (auto key : names_) {
@@ -181,6 +185,17 @@ void Reader::release() { gradients_.clear(); }
 
 void Reader::replace_gradient(size_t index, int64_t address, int64_t storage) {
   g.at(index) = address, g_storage.at(index) = storage;
+}
+
+void Reader::addresses(py::buffer rows) const {
+  const py::buffer_info info = rows.request(true);
+  if (info.itemsize != 8 || size_t(info.size) != 4 * p.size()) throw py::value_error("rows must hold four int64 a tensor");
+  auto* row = static_cast<int64_t*>(info.ptr);
+  const size_t names = PyTuple_GET_SIZE(names_.ptr()), first = names - size_t(elementwise_);
+  for (size_t i = 0; i < p.size(); ++i, row += 4) {
+    row[0] = p[i], row[1] = g[i];
+    for (size_t k = 0; k < 2; ++k) row[2 + k] = int(k) < elementwise_ ? entries_[i * names + first + k].address : 0;
+  }
 }
 
 bool same(const py::list& a, const py::list& b) {

@@ -13,9 +13,10 @@ namespace layerfused {
 
 constexpr int64_t NOT_SERVED = -1;  // a storage type that no engine serves
 
-// How a parameter lies in memory, and so how its gradient has to lie.
+// How a parameter lies in memory, and so how its gradient has to lie; the device is its DLPack type and number.
 struct Layout {
   std::vector<int64_t> shape, strides;
+  std::pair<int32_t, int32_t> device;
 };
 
 class Reader {
@@ -32,6 +33,7 @@ class Reader {
   int64_t workspace_bytes() const;
   void release();  // lets go of the gradients: until then they cannot be freed under the engine
   void replace_gradient(size_t index, int64_t address, int64_t storage);
+  void addresses(pybind11::buffer rows) const;  // writes p, g, m, v of each tensor, 0 for a state that is not there
   std::vector<int64_t> p, g, p_storage, g_storage;
 
  private:

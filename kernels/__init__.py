@@ -1,0 +1,42 @@
+"""The Triton engine and its rules; `Rule` and the words around it are what a rule of one's own is written in.
+
+Tested with Triton 3.6 to 3.9. With TRITON_INTERPRET=1 in the environment before the first import the kernels run in
+Triton's interpreter, on CPU tensors too: slow, for tests.
+"""
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("Triton is not installed: pip install 'triton>=3.6'") from error
+
+OLDEST = (3, 6)
+if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+    raise ImportError(f"Triton {triton.__version__} is too old, 3.6 or newer is needed: pip install -U triton")
+
+from . import engine, rules  # noqa: E402
+from .rule import (  # noqa: E402
+    Element,
+    G,
+    M,
+    P,
+    Rule,
+    Sweep,
+    Total,
+    V,
+    average,
+    correction,
+    divide,
+    double,
+    f32,
+    power,
+    product,
+    root,
+    widen,
+)
+
+INTERPRETED = not isinstance(engine.run, triton.JITFunction)
+
+__all__ = [
+    "INTERPRETED", "Element", "G", "M", "P", "Rule", "Sweep", "Total", "V", "average", "correction", "divide",
+    "double", "engine", "f32", "power", "product", "root", "rules", "widen",
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""What the engines that work on addresses share: every step looks at the memory of every tensor anew."""
+
+import torch
+
+from . import _cpu
+from .gradients import check_gradient
+from .table import Table, lies_like
+
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu/storage.h
+
+
+class Launch:
+    """All groups of a table in one native call or kernel launch.
+
+    Attributes:
+        absent, moved: how many parameters had no gradient at the last `read()`, whether any lay elsewhere.
+    """
+
+    on_chip = 0  # elements up to which a layer is read and written once, whatever its sweeps
+    live = False  # whether hyper-parameters that are tensors on the device are read there
+
+    def __init__(self, table: Table, state: dict):
+        self.table = table
+        self._entries = [state[p] for p in table.params]
+        self._reader = _cpu.Reader(table.params, self._entries, table.rule.entries, len(table.rule.states))
+        self._copies = []
+
+    @staticmethod
+    def variant(p: torch.Tensor, entries: dict, rule) -> tuple:
+        """What must be alike in one launch, beside rule and device."""
+        return ()
+
+    def _look(self) -> list[int]:
+        """Addresses of what a step writes beside parameters and states."""
+        table = self.table
+        return [x.data_ptr() for x in (table.step, table.scalars, self.stats, table.report, self.norm)]
+
+    def read(self) -> bool:
+        """Reads every address anew. Answers False if a parameter or state is not what the table was made for.
+
+        Raises:
+            ValueError, TypeError: for a gradient that cannot be used; nothing has been written.
+        """
+        if self._outputs != self._look():  # a packed tensor was given another storage, through one of its views
+            return False
+        changed, odd, self.moved, self.absent = self._reader.read()
+        if changed:
+            return False
+        self._copies = [self._copy(i) for i in odd]
+        return True
+
+    def _copy(self, i: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A gradient that does not lie like its parameter is copied so that it does, for this step."""
+        p = self.table.params[i]
+        g = check_gradient(p)
+        wanted = dtype or (g.dtype if g.dtype in STORAGE else torch.float32)
+        if g.dtype != wanted or not lies_like(g, p) or g.is_neg():
+            g = torch.empty_like(p, dtype=wanted, memory_format=torch.preserve_format, requires_grad=False).copy_(
+                g.detach()
+            )
+        self._reader.replace_gradient(i, g.data_ptr() or -1, STORAGE[wanted])
+        return g
+
+    def written(self) -> list:
+        """The parameters that a step writes: raw writes are unseen by autograd unless their versions are counted."""
+        params = self.table.params
+        return [p for p in params if p.grad is not None] if self.absent else params

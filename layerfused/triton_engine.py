@@ -1,0 +1,193 @@
+"""The Triton engine under one table: a plan on the device, a reader of addresses, one kernel launch per step."""
+
+from array import array
+from functools import cache
+from itertools import chain
+
+import torch
+import triton.language as tl
+
+from .forms import triton_form
+from .kernels import engine
+from .launch import STORAGE, Launch
+from .plan import Phase, make_plan
+from .table import Table, state_dtype
+
+CHUNK = 2048  # elements; a power of 2, one tile of registers
+WHOLE = 1  # chunks: a layer of one is read once and written once
+AHEAD = 1 << 20  # elements: what the programs have in flight, so that an apply rarely waits
+WARPS = 4  # 16 elements of each operand a thread: with 32 it spills
+PROGRAMS = 4  # on each multiprocessor
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FP32 = STORAGE[torch.float32]
+
+
+class TritonLaunch(Launch):
+    """One kernel launch per step for all groups of a table, whose tensors share their storage types.
+
+    Attributes:
+        stats: float64 [layers, stats]: what `reduce` leaves and `finish` takes.
+        norm: float64, 0-dim: the gradient norm, computed by the phase NORM or given.
+    """
+
+    engine = "triton"
+    live = True  # hyper-parameters that are tensors on the device are read there, by the kernel
+
+    def __init__(self, table: Table, state: dict):
+        super().__init__(table, state)
+        self._form = triton_form(table.rule)
+        self._storage = [TYPES[dtype] for dtype in self.variant(table.params[0], self._entries[0], table.rule)]
+        self.device, self.on_chip = table.step.device, CHUNK * WHOLE
+        self.stats = self._zeros(len(table.layers), self._form.sums + self._form.minima)
+        self.norm = self._zeros()
+        self._unheeded = torch.zeros((), dtype=torch.int64, device=self.device)  # skips that another launch counts
+        self._make_plan()
+        self._make_given()
+        self._outputs = self._look()
+
+    @staticmethod
+    def variant(p: torch.Tensor, entries: dict, rule) -> tuple:
+        """What must be alike in one launch: the storage types of p, m and v."""
+        states = [entries[name].dtype if name in entries else state_dtype(p) for name in rule.states]
+        return (p.dtype, *(*states, torch.float32, torch.float32)[:2])
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def _make_plan(self) -> None:
+        table, layers = self.table, len(self.table.layers)
+        plan = make_plan(table.layers, chunk=CHUNK, whole=WHOLE, ahead=AHEAD, norm=True)
+        counters = engine.ARRIVED.value + 2 * layers
+        sizes = array("q", (len(plan.items), len(plan.chunks), layers, len(table.params), counters))
+        rows = [torch.frombuffer(row, dtype=torch.int64).to(self.device) for row in (sizes, *plan.packed())]
+        self._plan, self._items = engine.Plan(*rows), len(plan.items)
+        finished = len(self._form.finished.split())
+        self._work = engine.Work(
+            torch.zeros(counters, dtype=torch.int32, device=self.device),
+            self._zeros(1 + self.stats.shape[1], len(plan.chunks)),
+            torch.zeros(layers * finished, dtype=torch.float32, device=self.device),
+        )
+
+    def _make_given(self) -> None:
+        """One stretch of memory for all that the host says, so that one copy brings it to the device."""
+        tensors, layers = len(self.table.params), len(self.table.layers)
+        row = 1 + len(self.table.groups) * (1 + len(self.table.rule.hyper))
+        sizes = [4 * tensors, tensors, layers, row, row]
+        self._host = array("q", bytes(8 * sum(sizes)))
+        self._host_tensor = torch.frombuffer(self._host, dtype=torch.int64)
+        self._device = torch.zeros_like(self._host_tensor, device=self.device)
+        ends, view = [sum(sizes[: k + 1]) for k in range(5)], memoryview(self._host)
+        here = [view[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        self._addresses, self._counted, self._elements, self._row, self._place = here
+        there = list(self._device.split(sizes))
+        there[3] = there[3].view(torch.float64)
+        self._given, self._sent, self._present = engine.Given(*there), b"", None
+
+    # The step
+
+    def read(self) -> bool:
+        """As `Launch.read`; a launch has one storage type for all gradients, float32 where they have several."""
+        if not super().read():
+            return False
+        present = [p.grad is not None for p in self.table.params] if self.absent else None
+        found = self._reader.g_storage
+        kinds = {kind for k, kind in enumerate(found) if present is None or present[k]}
+        if len(kinds) > 1:
+            others = [k for k, kind in enumerate(found) if kind != FP32 and (present is None or present[k])]
+            self._copies += [self._copy(k, torch.float32) for k in others]
+        self._gradients = list(TYPES.values())[kinds.pop() if len(kinds) == 1 else FP32]
+        if self._sent == b"" or present != self._present:
+            self._present = present
+            self._count(present or [True] * len(self.table.params))
+        return True
+
+    def _count(self, present: list[bool]) -> None:
+        """Elements per layer that take part in this step, and which tensors count it."""
+        counted = [0] * len(present)
+        for number, spec in enumerate(self.table.layers):
+            taking = [span.count for span in spec.spans if present[span.tensor]]
+            self._elements[number] = sum(taking) if taking else -1
+            for span in spec.spans:
+                counted[span.tensor] |= bool(taking)
+        self._counted[:] = array("q", counted)
+
+    def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
+        """Runs phases of a step. Whether it is skipped is decided on the device, and counted in `skipped` there.
+
+        Raises:
+            RuntimeError and what else Triton raises if the launch fails; the next step begins as if it had not been.
+        """
+        if phases & Phase.FINISH and phases & Phase.APPLY and not phases & Phase.REDUCE:
+            self.run(Phase.FINISH, rows, max_norm)  # nothing of a launch waits for all of its layers
+            phases = Phase.APPLY
+        live = self._send(rows, max_norm)
+        here = skipped is not None and skipped.device == self.device
+        kept = (self.table.step, self.table.scalars, self.stats, self.table.report, self.norm)
+        table = engine.Table(
+            self._plan, self._given, engine.Kept(*kept, skipped if here else self._unheeded), self._work
+        )
+        storage = (self._storage[0], self._gradients, *self._storage[1:])
+        spec = spec_of(
+            self._form, self.table.rule.hyper, storage, CHUNK, phases, max_norm > 0, live, bool(self.table.rule.scalar)
+        )
+        self._launch(table, spec)
+        if skipped is not None and not here and phases & Phase.APPLY and max_norm > 0:
+            skipped += (~self.norm.isfinite()).to(skipped.device)
+        if phases & Phase.APPLY:  # until then another phase may read them
+            self._copies = []
+            self._reader.release()
+        return True
+
+    def _launch(self, table, spec) -> None:
+        grid = (min(self._items, programs(self.device)),)
+        try:
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    engine.run[grid](table, spec, num_warps=WARPS, enable_fp_fusion=False)
+            else:
+                engine.run[grid](table, spec)
+        except BaseException:
+            self._work.counters.zero_()
+            raise
+
+    def _send(self, rows: list, max_norm: float) -> bool:
+        """Brings what the host says to the device if it has changed; whether some value lives there already."""
+        values = [max_norm, *chain.from_iterable(rows)]
+        places = [place_of(value) if isinstance(value, torch.Tensor) else 0 for value in values]
+        self._reader.addresses(self._addresses)
+        self._place[:] = array("q", places)
+        numbers = [0.0 if place else value for value, place in zip(values, places, strict=True)]
+        self._row.cast("B").cast("d")[:] = array("d", numbers)
+        now = self._host.tobytes()
+        if now != self._sent:
+            self._sent = b""
+            host = self._host_tensor.pin_memory() if self.device.type == "cuda" else self._host_tensor
+            self._device.copy_(host, non_blocking=True)
+            self._sent = now
+        return any(places)
+
+    def workspace_bytes(self) -> int:
+        tensors = (*self._plan, *self._work, self._device, self.stats, self.table.report, self.norm)
+        return self._reader.workspace_bytes + len(self._host) * 8 + sum(x.nbytes for x in tensors)
+
+
+def place_of(value: torch.Tensor) -> int:
+    """Where a value lives on the device; an odd address is one of float64."""
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a hyper-parameter on the device must be float32 or float64, got {value.dtype}")
+    return value.data_ptr() + (value.dtype == torch.float64)
+
+
+@cache
+def spec_of(*fields) -> "engine.Spec":
+    """One object per variant: by it Triton finds what it has compiled."""
+    return engine.Spec(*fields)
+
+
+@cache
+def programs(device: torch.device) -> int:
+    """How many programs fill a device."""
+    if device.type != "cuda":
+        return 1  # the interpreter runs one after the other
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
