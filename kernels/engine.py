@@ -32,21 +32,23 @@ class Spec:
         rule: whose mathematics.
         hyper: names of the group's row.
         storage: Triton's types of p, g, m and v in memory.
-        chunk: elements of a chunk, a power of 2: each item is one tile.
+        tile: elements that are in registers at once, a power of 2.
         phases: which parts of a step (bits as in csrc/plan.h).
         clip: whether gradients are clipped by the global norm.
         live: whether some hyper-parameter is a tensor on the device.
         stateful: whether a layer has a float64 state.
+        mixed: whether some layer of a rule with stats is without them (`adapt=False`).
     """
 
     rule: Rule
     hyper: tuple[str, ...]
     storage: tuple
-    chunk: int
+    tile: int
     phases: int
     clip: bool
     live: bool
     stateful: bool
+    mixed: bool
 
     @cached_property
     def Row(self):
@@ -83,6 +85,10 @@ class Spec:
         return len(self.rule.finished.split())
 
     @property
+    def started(self) -> int:
+        return len(self.rule.scalars.split())
+
+    @property
     def couples(self) -> bool:
         return "coupled" in self.rule.scalars.split()
 
@@ -99,7 +105,7 @@ class Spec:
         """What Triton's cache on disk knows the variant by: it does not see functions inside of a tuple."""
         functions = [part for part in self.rule if hasattr(part, "cache_key")]
         data = [part for part in self.rule if part not in functions]
-        rest = (data, self.hyper, self.storage, self.chunk, self.phases, self.clip, self.live, self.stateful)
+        rest = (data, self.hyper, self.storage, self.tile, self.phases, self.clip, self.live, self.stateful, self.mixed)
         return " ".join([*(function.cache_key for function in functions), repr(rest)])
 
 
@@ -161,6 +167,14 @@ class Chunk(NamedTuple):
     layer: tl.tensor
 
 
+class Tile(NamedTuple):
+    """What of a chunk is in registers at once."""
+
+    tensor: tl.tensor
+    start: tl.tensor
+    count: tl.tensor
+
+
 class Layer(NamedTuple):
     """A layer of the plan."""
 
@@ -171,6 +185,15 @@ class Layer(NamedTuple):
     adapt: tl.tensor
     state: tl.tensor
     states: tl.tensor
+
+
+class Item(NamedTuple):
+    """A piece of work."""
+
+    kind: tl.tensor
+    chunk: Chunk
+    layer: Layer
+    time: tl.tensor  # the number of this step, from 1
 
 
 @triton.jit
@@ -185,27 +208,33 @@ def run(t, spec: tl.constexpr):
 
 @triton.jit
 def run_items(t, spec: tl.constexpr):
-    items, norms = tl.load(t.plan.sizes), tl.load(t.plan.sizes + 1)
-    first = norms
+    items, norms = small(t.plan.sizes), small(t.plan.sizes + 1)
     ticket = claim(t)
     if spec.norms:
-        first = norms - norms
         while ticket < norms:
             norm_chunk(t, ticket, norms, spec)
             ticket = claim(t)
         if not spec.only_norms:
             wait(t.work.counters + NORM_READY)  # acquires the norm
+    else:
+        ticket += norms
     if not spec.only_norms:
         factor, happens = clip(t, spec)
-        if happens:
-            while first + ticket < items:
-                run_item(t, first + ticket, factor, spec)
-                ticket = claim(t)
+        group, time, started = nobody(spec)
+        while happens & (ticket < items):
+            item = item_of(t, ticket)
+            if (item.layer.group != group) | (item.time != time):  # most items share them with the one before
+                group, time = item.layer.group, item.time
+                started = spec.rule.start(row_of(t, group, spec), time)
+            run_item(t, item, started, factor, spec)
+            ticket = claim(t)
+            if not spec.norms:
+                ticket += norms
 
 
 @triton.jit
 def claim(t):
-    return tl.atomic_add(t.work.counters + TICKET, 1, sem="relaxed")  # orders nothing: who waits, waits for a flag
+    return tl.atomic_add(t.work.counters + TICKET, 1, sem="relaxed")  # orders nothing: flags do
 
 
 @triton.jit
@@ -226,25 +255,31 @@ def clip(t, spec: tl.constexpr):
 
 
 @triton.jit
-def run_item(t, ticket, factor, spec: tl.constexpr):
-    kind, index = tl.load(t.plan.items + 2 * ticket), tl.load(t.plan.items + 2 * ticket + 1)
+def nobody(spec: tl.constexpr):
+    """A group and a time that no item has, and scalars of the right number."""
+    started = ()
+    for _ in tl.static_range(tl.constexpr(spec.started)):
+        started = started + (tl.full((), 0.0, tl.float32),)
+    return tl.full((), -1, tl.int32), double(0.0), started
+
+
+@triton.jit
+def run_item(t, item, started, factor, spec: tl.constexpr):
     if spec.terms == 0:
         if spec.applies:
-            apply_elementwise(t, index, factor, spec)
+            apply_elementwise(t, item, started, factor, spec)
     elif spec.once:
-        if kind == WHOLE:
-            whole_layer(t, first_chunk(t, index), factor, spec)
-        elif kind == REDUCE:
-            reduce_chunk(t, index, factor, spec)
+        if item.kind == WHOLE:
+            whole_layer(t, item, started, factor, spec)
+        elif item.kind == REDUCE:
+            reduce_chunk(t, item, started, factor, spec)
         else:
-            apply_chunk(t, index, factor, spec)
-    else:  # a whole layer is its only chunk
-        index = first_chunk(t, index) if kind == WHOLE else index
-        if spec.reduces:
-            if kind != APPLY:
-                reduce_chunk(t, index, factor, spec)
-        elif kind != REDUCE:
-            apply_chunk(t, index, factor, spec)
+            apply_chunk(t, item, started, factor, spec)
+    elif spec.reduces:  # a whole layer is its only chunk
+        if item.kind != APPLY:
+            reduce_chunk(t, item, started, factor, spec)
+    elif item.kind != REDUCE:
+        apply_chunk(t, item, started, factor, spec)
 
 
 # Items
@@ -253,8 +288,11 @@ def run_item(t, ticket, factor, spec: tl.constexpr):
 @triton.jit
 def norm_chunk(t, slot, chunks, spec: tl.constexpr):
     chunk = chunk_of(t, slot)
-    g = read(t, chunk, spec, G).g
-    tl.store(t.work.partials + slot, tl.sum(product(g, g), axis=0))
+    sum = double(0.0)
+    for first in range(0, chunk.count, spec.tile):
+        g = read(t, tile_of(chunk, first, spec), spec, G).g
+        sum += tl.sum(product(g, g), axis=0)
+    tl.store(t.work.partials + slot, sum)
     tl.debug_barrier()  # of all threads, before one of them speaks for them
     # releases this chunk's partial sum, acquires everybody's for the last to arrive
     if tl.atomic_add(t.work.counters + NORMS, 1, sem="acq_rel") == chunks - 1:
@@ -264,18 +302,20 @@ def norm_chunk(t, slot, chunks, spec: tl.constexpr):
 
 
 @triton.jit
-def reduce_chunk(t, slot, factor, spec: tl.constexpr):
-    chunk = chunk_of(t, slot)
-    layer = layer_of(t, chunk.layer)
-    x = read(t, chunk, spec, spec.rule.first.reads)
-    h, time = row_of(t, layer, spec), time_of(t, chunk)
-    c = spec.Started(*spec.rule.start(h, time))
-    x = spec.rule.moments(c, prepared(t, x, c, chunk, layer, factor, spec, spec.rule.first.reads))
-    sums = summed(c, x, chunk, spec)
-    write(t, x, chunk, spec, spec.rule.first.writes)
-    chunks = tl.load(t.plan.sizes + 1)
+def reduce_chunk(t, item, started, factor, spec: tl.constexpr):
+    chunk, layer = item.chunk, item.layer
+    c = spec.Started(*started)
+    scale = scale_of(t, layer, factor, spec)
+    sums = no_sums(spec)
+    for first in range(0, chunk.count, spec.tile):
+        tile = tile_of(chunk, first, spec)
+        x = read(t, tile, spec, spec.rule.first.reads)
+        x = spec.rule.moments(c, prepared(t, x, c, tile, scale, spec, spec.rule.first.reads))
+        sums = with_sums(sums, c, x, tile, spec)
+        write(t, x, tile, spec, spec.rule.first.writes)
+    chunks = small(t.plan.sizes + 1)
     for k in tl.static_range(tl.constexpr(spec.terms)):
-        tl.store(t.work.partials + (1 + k) * chunks + slot, sums[k])
+        tl.store(t.work.partials + (1 + k) * chunks + chunk.slot, sums[k])
     tl.debug_barrier()  # of all threads, before one of them speaks for them
     arrived = t.work.counters + ARRIVED + 2 * layer.number
     # releases this chunk's partial sums and moments, acquires everybody's for the last to arrive
@@ -283,54 +323,61 @@ def reduce_chunk(t, slot, factor, spec: tl.constexpr):
         sums = combined(t, layer, chunks, spec)
         keep_stats(t, layer, sums, spec)
         if spec.finishes:
-            finish(t, layer, h, time, sums, True, True, spec)
+            finish(t, layer, item.time, sums, True, True, spec)
         tl.debug_barrier()
         tl.atomic_xchg(arrived + 1, 1, sem="release")  # publishes scalars, and with them the moments, to `apply`
 
 
 @triton.jit
-def apply_chunk(t, slot, factor, spec: tl.constexpr):
-    chunk = chunk_of(t, slot)
-    layer = layer_of(t, chunk.layer)
-    if layer.adapt == 0:
-        apply_elementwise(t, slot, factor, spec)
+def apply_chunk(t, item, started, factor, spec: tl.constexpr):
+    chunk, layer = item.chunk, item.layer
+    if without_stats(layer, spec):
+        apply_elementwise(t, item, started, factor, spec)
     else:
         if spec.reduces:
             wait(t.work.counters + ARRIVED + 2 * layer.number + 1)  # acquires what the layer's last to arrive published
-        x = read(t, chunk, spec, spec.rule.second.reads)
-        h = row_of(t, layer, spec)
-        c = spec.Finished(*(spec.rule.start(h, time_of(t, chunk)) + finished_of(t, layer, spec)))
-        x = prepared(t, x, c, chunk, layer, factor, spec, spec.rule.second.reads)
-        write(t, spec.rule.apply(c, x), chunk, spec, spec.rule.second.writes)
+        c = spec.Finished(*(started + finished_of(t, layer, spec)))
+        scale = scale_of(t, layer, factor, spec)
+        for first in range(0, chunk.count, spec.tile):
+            tile = tile_of(chunk, first, spec)
+            x = read(t, tile, spec, spec.rule.second.reads)
+            x = prepared(t, x, c, tile, scale, spec, spec.rule.second.reads)
+            write(t, spec.rule.apply(c, x), tile, spec, spec.rule.second.writes)
 
 
 @triton.jit
-def whole_layer(t, slot, factor, spec: tl.constexpr):
-    """A layer of one chunk: read once, written once."""
-    chunk = chunk_of(t, slot)
-    layer = layer_of(t, chunk.layer)
-    x = read(t, chunk, spec, spec.reads)
-    h, time = row_of(t, layer, spec), time_of(t, chunk)
-    started = spec.rule.start(h, time)
+def without_stats(layer, spec: tl.constexpr):
+    answer: tl.constexpr = False
+    if spec.mixed:
+        answer = layer.adapt == 0
+    return answer
+
+
+@triton.jit
+def whole_layer(t, item, started, factor, spec: tl.constexpr):
+    """A layer of one tile: read once, written once."""
+    tile, layer = tile_of(item.chunk, 0, spec), item.layer
     c = spec.Started(*started)
-    x = spec.rule.moments(c, prepared(t, x, c, chunk, layer, factor, spec, spec.reads))
-    sums = summed(c, x, chunk, spec)
+    scale = scale_of(t, layer, factor, spec)
+    x = read(t, tile, spec, spec.reads)
+    x = spec.rule.moments(c, prepared(t, x, c, tile, scale, spec, spec.reads))
+    sums = with_sums(no_sums(spec), c, x, tile, spec)
     keep_stats(t, layer, sums, spec)
-    c = spec.Finished(*(started + finish(t, layer, h, time, sums, True, True, spec)))
-    write(t, spec.rule.apply(c, x), chunk, spec, spec.writes)
+    c = spec.Finished(*(started + finish(t, layer, item.time, sums, True, True, spec)))
+    write(t, spec.rule.apply(c, x), tile, spec, spec.writes)
 
 
 @triton.jit
-def apply_elementwise(t, slot, factor, spec: tl.constexpr):
+def apply_elementwise(t, item, started, factor, spec: tl.constexpr):
     """A chunk of a layer without stats: it has nothing to wait for."""
-    chunk = chunk_of(t, slot)
-    layer = layer_of(t, chunk.layer)
-    x = read(t, chunk, spec, spec.reads)
-    h, time = row_of(t, layer, spec), time_of(t, chunk)
-    started = spec.rule.start(h, time)
-    c = spec.Finished(*(started + finish(t, layer, h, time, (), False, slot == layer.first, spec)))
-    x = prepared(t, x, c, chunk, layer, factor, spec, spec.reads)
-    write(t, spec.rule.apply(c, spec.rule.moments(c, x)), chunk, spec, spec.writes)
+    chunk, layer = item.chunk, item.layer
+    finished = finish(t, layer, item.time, (), False, chunk.slot == layer.first, spec)
+    c = spec.Finished(*(started + finished))
+    scale = scale_of(t, layer, factor, spec)
+    for first in range(0, chunk.count, spec.tile):
+        tile = tile_of(chunk, first, spec)
+        x = prepared(t, read(t, tile, spec, spec.reads), c, tile, scale, spec, spec.reads)
+        write(t, spec.rule.apply(c, spec.rule.moments(c, x)), tile, spec, spec.writes)
 
 
 @triton.jit
@@ -338,14 +385,15 @@ def finish_all(t, spec: tl.constexpr):
     """The phase between `reduce` and `apply` by itself: somebody may have changed the stats."""
     _, happens = clip(t, spec)
     if happens:
-        for number in range(tl.program_id(0), tl.load(t.plan.sizes + 2), tl.num_programs(0)):
-            layer = layer_of(t, number.to(tl.int64))
-            if layer.adapt != 0:
+        number = tl.program_id(0).to(tl.int64)  # (in the interpreter a loop over `range` would give a Python int)
+        while number < small(t.plan.sizes + 2):
+            layer = layer_of(t, number)
+            if not without_stats(layer, spec):
                 sums = ()
                 for k in tl.static_range(tl.constexpr(spec.terms)):
                     sums = sums + (tl.load(t.kept.stats + layer.number * spec.terms + k),)
-                time = time_of(t, chunk_of(t, layer.first))
-                finish(t, layer, row_of(t, layer, spec), time, sums, True, True, spec)
+                finish(t, layer, time_of(t, chunk_of(t, layer.first)), sums, True, True, spec)
+            number += tl.num_programs(0)
 
 
 @triton.jit
@@ -360,7 +408,7 @@ def leave(t, spec: tl.constexpr):
                 advance(t)
             else:
                 tl.store(t.kept.skipped, tl.load(t.kept.skipped) + 1)
-        counters = tl.load(t.plan.sizes + 4)
+        counters = small(t.plan.sizes + 4)
         for first in range(0, counters, LANES):
             slots = first + tl.arange(0, LANES)
             tl.store(t.work.counters + slots, tl.zeros([LANES], tl.int32), mask=slots < counters)
@@ -368,7 +416,7 @@ def leave(t, spec: tl.constexpr):
 
 @triton.jit
 def advance(t):
-    tensors = tl.load(t.plan.sizes + 3)
+    tensors = small(t.plan.sizes + 3)
     for first in range(0, tensors, LANES):
         slots = first + tl.arange(0, LANES)
         inside = slots < tensors
@@ -380,12 +428,13 @@ def advance(t):
 
 
 @triton.jit
-def finish(t, layer, h, time, sums, adapt: tl.constexpr, keep, spec: tl.constexpr):
+def finish(t, layer, time, sums, adapt: tl.constexpr, keep, spec: tl.constexpr):
     """The layer's scalars; they, the report and the layer's state are kept if a tensor of it has a gradient."""
     elements = tl.load(t.given.elements + layer.number)
     state = double(0.0)
     if spec.stateful:
         state = tl.load(t.kept.state + layer.state)
+    h = row_of(t, layer.group, spec)
     finished, state, report = spec.rule.finish(h, Total(sums, elements.to(tl.float64), time, adapt, state))
     if keep & (elements >= 0):
         for k in tl.static_range(tl.constexpr(spec.finished)):
@@ -407,15 +456,27 @@ def finished_of(t, layer, spec: tl.constexpr):
 
 
 @triton.jit
-def summed(c, x, chunk, spec: tl.constexpr):
-    """A chunk's sums and minima. The 0.0 makes of a sum of -0.0 what `combined` makes of it."""
-    inside = tl.arange(0, spec.chunk) < chunk.count
+def no_sums(spec: tl.constexpr):
+    """What sums and minima start from."""
+    values = ()
+    for _ in tl.static_range(tl.constexpr(spec.rule.sums)):
+        values = values + (double(0.0),)
+    for _ in tl.static_range(tl.constexpr(spec.rule.minima)):
+        values = values + (double(float("inf")),)
+    return values
+
+
+@triton.jit
+def with_sums(before, c, x, tile, spec: tl.constexpr):
+    """Sums and minima with those of a tile."""
+    inside = tl.arange(0, tl.constexpr(spec.tile)) < tile.count
     terms = spec.rule.stats(c, x)
     values = ()
     for k in tl.static_range(tl.constexpr(spec.rule.sums)):
-        values = values + (tl.sum(tl.where(inside, terms[k], 0.0), axis=0) + 0.0,)
+        values = values + (before[k] + tl.sum(tl.where(inside, terms[k], 0.0), axis=0),)
     for k in tl.static_range(tl.constexpr(spec.rule.sums), tl.constexpr(spec.terms)):
-        values = values + (tl.min(tl.where(inside, terms[k], float("inf")), axis=0).to(tl.float64),)
+        least = tl.min(tl.where(inside, terms[k], float("inf")), axis=0).to(tl.float64)
+        values = values + (tl.minimum(before[k], least),)
     return values
 
 
@@ -459,23 +520,33 @@ def keep_stats(t, layer, sums, spec: tl.constexpr):
 
 
 @triton.jit
+def item_of(t, ticket):
+    """An item of the plan with all that is known of it."""
+    kind, index = small(t.plan.items + 2 * ticket), small(t.plan.items + 2 * ticket + 1)
+    if kind == WHOLE:  # the index is the layer's, which has one chunk
+        index = small(t.plan.layers + 7 * index + 1)
+    chunk = chunk_of(t, index)
+    return Item(kind, chunk, layer_of(t, chunk.layer), time_of(t, chunk))
+
+
+@triton.jit
 def chunk_of(t, slot):
     at = t.plan.chunks + 4 * slot
-    tensor = tl.load(at)
-    count = tl.where(tl.load(t.given.address + 4 * tensor + 1) != 0, tl.load(at + 2), 0)
-    return Chunk(slot, tensor, tl.load(at + 1), count.to(tl.int32), tl.load(at + 3))
+    tensor = small(at)
+    count = tl.where(tl.load(t.given.address + 4 * tensor + 1) != 0, small(at + 2), 0)
+    return Chunk(slot, tensor, tl.load(at + 1), count, small(at + 3))
+
+
+@triton.jit
+def small(at):
+    """A number of rows or of a chunk's elements: it fits 32 bits, which saves registers."""
+    return tl.load(at).to(tl.int32)
 
 
 @triton.jit
 def layer_of(t, number):
     at = t.plan.layers + 7 * number
-    group, first, chunks = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    return Layer(number, group, first, chunks, tl.load(at + 4), tl.load(at + 5), tl.load(at + 6))
-
-
-@triton.jit
-def first_chunk(t, number):
-    return tl.load(t.plan.layers + 7 * number + 1)
+    return Layer(number, small(at), small(at + 1), small(at + 2), small(at + 4), small(at + 5), small(at + 6))
 
 
 @triton.jit
@@ -485,12 +556,23 @@ def time_of(t, chunk):
 
 
 @triton.jit
-def row_of(t, layer, spec: tl.constexpr):
+def tile_of(chunk, first, spec: tl.constexpr):
+    return Tile(chunk.tensor, chunk.start + first, tl.minimum(chunk.count - first, spec.tile))
+
+
+@triton.jit
+def row_of(t, group, spec: tl.constexpr):
     """A group's hyper-parameters, by name."""
     values = ()
     for k in tl.static_range(tl.constexpr(spec.width)):
-        values = values + (value_of(t, 2 + layer.group * (1 + spec.width) + k, spec),)
+        values = values + (value_of(t, 2 + group * (1 + spec.width) + k, spec),)
     return spec.Row(*values)
+
+
+@triton.jit
+def scale_of(t, layer, factor, spec: tl.constexpr):
+    """What a gradient is multiplied with: its sign, and the clip's factor."""
+    return f32(tl.load(t.given.row + 1 + layer.group * (1 + spec.width)) * factor)
 
 
 @triton.jit
@@ -509,47 +591,48 @@ def value_of(t, at, spec: tl.constexpr):
 
 
 @triton.jit
-def read(t, chunk, spec: tl.constexpr, reads: tl.constexpr):
+def read(t, tile, spec: tl.constexpr, reads: tl.constexpr):
     """The operands of a sweep as they lie in memory; zeros for those that it does not read."""
-    p, g, m, v = (tl.zeros([spec.chunk], tl.float32),) * 4
+    zero = tl.zeros([tl.constexpr(spec.tile)], tl.float32)
+    p, g, m, v = zero, zero, zero, zero
     if P & reads:
-        p = load(place_of(t, chunk, 0, spec), chunk.count, spec.storage[0], spec.chunk)
+        p = load(place_of(t, tile, 0, spec), tile.count, spec.storage[0], spec.tile)
     if G & reads:
-        g = load(place_of(t, chunk, 1, spec), chunk.count, spec.storage[1], spec.chunk)
+        g = load(place_of(t, tile, 1, spec), tile.count, spec.storage[1], spec.tile)
     if M & reads:
-        m = load(place_of(t, chunk, 2, spec), chunk.count, spec.storage[2], spec.chunk)
+        m = load(place_of(t, tile, 2, spec), tile.count, spec.storage[2], spec.tile)
     if V & reads:
-        v = load(place_of(t, chunk, 3, spec), chunk.count, spec.storage[3], spec.chunk)
+        v = load(place_of(t, tile, 3, spec), tile.count, spec.storage[3], spec.tile)
     return Element(p, g, m, v)
 
 
 @triton.jit
-def write(t, x, chunk, spec: tl.constexpr, writes: tl.constexpr):
+def write(t, x, tile, spec: tl.constexpr, writes: tl.constexpr):
     if P & writes:
-        store(place_of(t, chunk, 0, spec), x.p, chunk.count, spec.storage[0], spec.chunk)
+        store(place_of(t, tile, 0, spec), x.p, tile.count, spec.storage[0], spec.tile)
     if M & writes:
-        store(place_of(t, chunk, 2, spec), x.m, chunk.count, spec.storage[2], spec.chunk)
+        store(place_of(t, tile, 2, spec), x.m, tile.count, spec.storage[2], spec.tile)
     if V & writes:
-        store(place_of(t, chunk, 3, spec), x.v, chunk.count, spec.storage[3], spec.chunk)
+        store(place_of(t, tile, 3, spec), x.v, tile.count, spec.storage[3], spec.tile)
 
 
 @triton.jit
-def place_of(t, chunk, operand: tl.constexpr, spec: tl.constexpr):
-    """The address of a chunk's first element."""
+def place_of(t, tile, operand: tl.constexpr, spec: tl.constexpr):
+    """The address of a tile's first element."""
     size: tl.constexpr = spec.storage[operand].primitive_bitwidth // 8
-    return tl.load(t.given.address + 4 * chunk.tensor + operand) + chunk.start * size
+    return tl.load(t.given.address + 4 * tile.tensor + operand) + tile.start * size
 
 
 @triton.jit
-def prepared(t, x, c, chunk, layer, factor, spec: tl.constexpr, reads: tl.constexpr):
+def prepared(t, x, c, tile, scale, spec: tl.constexpr, reads: tl.constexpr):
     """The gradient as rules see it: with its sign, clipped, with coupled decay."""
     g = x.g
     if G & reads:
-        g = f32(tl.load(t.given.row + 1 + layer.group * (1 + spec.width)) * factor) * g
+        g = scale * g
         if spec.couples:
             p = x.p
             if (P & reads) == 0:  # read for the decay alone, where there is any
-                count = tl.where(c.coupled != 0, chunk.count, 0)
-                p = load(place_of(t, chunk, 0, spec), count, spec.storage[0], spec.chunk)
+                count = tl.where(c.coupled != 0, tile.count, 0)
+                p = load(place_of(t, tile, 0, spec), count, spec.storage[0], spec.tile)
             g = tl.where(c.coupled != 0, g + c.coupled * p, g)
     return Element(x.p, g, x.m, x.v)

@@ -12,7 +12,7 @@ from .plan import Phase, make_plan
 from .table import Table
 
 CHUNK = 64 * 1024  # elements: four operands of it fit a 2 MiB L2
-WHOLE = 1  # chunks: a layer of one is one worker's, reduced and applied from its own cache
+WHOLE = CHUNK  # layers up to this size are one worker's: reduced and applied from its own cache
 AHEAD = CHUNK
 PER_THREAD = 32 * 1024  # with fewer elements than this per thread, waking one costs more than it brings
 

@@ -122,7 +122,8 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
         layers: what to work on; every tensor's spans in ascending order.
         chunk: elements per chunk, a property of the backend and never of the number of workers, so that sums are
             taken in one order.
-        whole: layers of at most this many chunks are one item: reduced, finished and applied by one worker.
+        whole: layers of one chunk and at most this many elements are one item: reduced, finished and applied by one
+            worker.
         ahead: elements that are reduced between a layer's last `reduce` and its first `apply`, so that nobody waits
             for it; more would push the layer out of the cache.
         norm: put items for the global gradient norm in front.
@@ -135,7 +136,7 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
     for number, spec in enumerate(layers):
         layer = _add_layer(plan, spec, number, chunk)
         chunks = range(layer.first, layer.first + layer.chunks)
-        if not spec.stats or layer.chunks <= whole:
+        if not spec.stats or (layer.chunks == 1 and layer.elements <= whole):
             work += [Item(Kind.WHOLE, number)] if spec.stats else [Item(Kind.APPLY, c) for c in chunks]
             reduced += layer.elements
             work += _due(waiting, reduced - ahead)

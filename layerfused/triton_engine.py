@@ -1,6 +1,7 @@
 """The Triton engine under one table: a plan on the device, a reader of addresses, one kernel launch per step."""
 
 from array import array
+from contextlib import nullcontext
 from functools import cache
 from itertools import chain
 
@@ -13,11 +14,12 @@ from .launch import STORAGE, Launch
 from .plan import Phase, make_plan
 from .table import Table, state_dtype
 
-CHUNK = 2048  # elements; a power of 2, one tile of registers
-WHOLE = 1  # chunks: a layer of one is read once and written once
-AHEAD = 1 << 20  # elements: what the programs have in flight, so that an apply rarely waits
-WARPS = 4  # 16 elements of each operand a thread: with 32 it spills
-PROGRAMS = 4  # on each multiprocessor
+TILE = 1024  # elements in registers at once, a power of 2; a layer of up to so many is read once and written once
+CHUNK = 4 * TILE  # what an item costs beside its elements (ticket, rows, fence) is paid once for four tiles
+AHEAD = 1 << 20  # elements: half of what the programs have in flight, so that an apply rarely waits
+WARPS = 4
+PROGRAMS = 4  # on each multiprocessor: what 128 registers a thread allow
+REGISTERS = 128  # without a bound ptxas aims lower and spills
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FP32 = STORAGE[torch.float32]
@@ -38,7 +40,7 @@ class TritonLaunch(Launch):
         super().__init__(table, state)
         self._form = triton_form(table.rule)
         self._storage = [TYPES[dtype] for dtype in self.variant(table.params[0], self._entries[0], table.rule)]
-        self.device, self.on_chip = table.step.device, CHUNK * WHOLE
+        self.device, self.on_chip = table.step.device, TILE
         self.stats = self._zeros(len(table.layers), self._form.sums + self._form.minima)
         self.norm = self._zeros()
         self._unheeded = torch.zeros((), dtype=torch.int64, device=self.device)  # skips that another launch counts
@@ -57,10 +59,10 @@ class TritonLaunch(Launch):
 
     def _make_plan(self) -> None:
         table, layers = self.table, len(self.table.layers)
-        plan = make_plan(table.layers, chunk=CHUNK, whole=WHOLE, ahead=AHEAD, norm=True)
+        plan = make_plan(table.layers, chunk=CHUNK, whole=TILE, ahead=AHEAD, norm=True)
         counters = engine.ARRIVED.value + 2 * layers
         sizes = array("q", (len(plan.items), len(plan.chunks), layers, len(table.params), counters))
-        rows = [torch.frombuffer(row, dtype=torch.int64).to(self.device) for row in (sizes, *plan.packed())]
+        rows = [torch.frombuffer(row, dtype=torch.int64).to(self.device, copy=True) for row in (sizes, *plan.packed())]
         self._plan, self._items = engine.Plan(*rows), len(plan.items)
         finished = len(self._form.finished.split())
         self._work = engine.Work(
@@ -73,14 +75,17 @@ class TritonLaunch(Launch):
         """One stretch of memory for all that the host says, so that one copy brings it to the device."""
         tensors, layers = len(self.table.params), len(self.table.layers)
         row = 1 + len(self.table.groups) * (1 + len(self.table.rule.hyper))
-        sizes = [4 * tensors, tensors, layers, row, row]
-        self._host = array("q", bytes(8 * sum(sizes)))
+        sizes = (4 * tensors, tensors, layers, row, row)
+        begins = [0]
+        for size in sizes:
+            begins.append(begins[-1] + size + size % 2)  # each at a multiple of 16 bytes
+        self._host = array("q", bytes(8 * begins[-1]))
         self._host_tensor = torch.frombuffer(self._host, dtype=torch.int64)
         self._device = torch.zeros_like(self._host_tensor, device=self.device)
-        ends, view = [sum(sizes[: k + 1]) for k in range(5)], memoryview(self._host)
-        here = [view[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        view, parts = memoryview(self._host), list(zip(begins, sizes, strict=False))
+        here = [view[begin : begin + size] for begin, size in parts]
         self._addresses, self._counted, self._elements, self._row, self._place = here
-        there = list(self._device.split(sizes))
+        there = [self._device[begin : begin + size] for begin, size in parts]
         there[3] = there[3].view(torch.float64)
         self._given, self._sent, self._present = engine.Given(*there), b"", None
 
@@ -128,8 +133,9 @@ class TritonLaunch(Launch):
             self._plan, self._given, engine.Kept(*kept, skipped if here else self._unheeded), self._work
         )
         storage = (self._storage[0], self._gradients, *self._storage[1:])
+        rule, mixed = self.table.rule, not all(spec.stats for spec in self.table.layers)
         spec = spec_of(
-            self._form, self.table.rule.hyper, storage, CHUNK, phases, max_norm > 0, live, bool(self.table.rule.scalar)
+            self._form, rule.hyper, storage, TILE, phases, max_norm > 0, live, bool(rule.scalar), mixed
         )
         self._launch(table, spec)
         if skipped is not None and not here and phases & Phase.APPLY and max_norm > 0:
@@ -142,11 +148,8 @@ class TritonLaunch(Launch):
     def _launch(self, table, spec) -> None:
         grid = (min(self._items, programs(self.device)),)
         try:
-            if self.device.type == "cuda":
-                with torch.cuda.device(self.device):
-                    engine.run[grid](table, spec, num_warps=WARPS, enable_fp_fusion=False)
-            else:
-                engine.run[grid](table, spec)
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                engine.run[grid](table, spec, **options())
         except BaseException:
             self._work.counters.zero_()
             raise
@@ -183,6 +186,12 @@ def place_of(value: torch.Tensor) -> int:
 def spec_of(*fields) -> "engine.Spec":
     """One object per variant: by it Triton finds what it has compiled."""
     return engine.Spec(*fields)
+
+
+def options() -> dict:
+    """How the kernel is compiled. enable_fp_fusion: a contracted a*b+c has other bits than the CPU's."""
+    bound = {} if torch.version.hip else {"maxnreg": REGISTERS}  # AMD's compiler has no such option
+    return {"num_warps": WARPS, "enable_fp_fusion": False, **bound}
 
 
 @cache

@@ -100,7 +100,7 @@ def within_twins(params, name, steps, kind="tame", scale=1.0):
 
 
 @contextmanager
-def small_chunks(monkeypatch, chunk=64, whole=2):
+def small_chunks(monkeypatch, chunk=64, whole=64):
     """Plans of many items from small tensors; otherwise only large layers have more than one chunk in flight."""
     with monkeypatch.context() as patch:
         for constant, value in {"CHUNK": chunk, "WHOLE": whole, "AHEAD": 2 * chunk, "PER_THREAD": 1}.items():

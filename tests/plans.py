@@ -25,7 +25,7 @@ def layer_lists(draw):
 OPTIONS = st.fixed_dictionaries(
     {
         "chunk": st.integers(1, 9),
-        "whole": st.sampled_from([0, 1, 2, 5]),
+        "whole": st.sampled_from([0, 1, 10, 100]),
         "ahead": st.integers(0, 60),
         "norm": st.booleans(),
     }

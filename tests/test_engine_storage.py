@@ -154,7 +154,7 @@ def step_and_compare(opt, case, params, states, grads):
 # fp16 moments normal. Leaves out decay (the table of accuracy has it) and production chunks.
 @pytest.mark.parametrize("name, n", [*((name, 37) for name in UNDECAYED), ("adam", 2049), ("lamb-no-decay", 2049)])
 def test_every_mixture_of_types(name, n, monkeypatch):
-    with threads(2), small_chunks(monkeypatch, *((2048, 1) if n > 2048 else (16, 1))):  # more than a tile; tails
+    with threads(2), small_chunks(monkeypatch, *((2048, 2048) if n > 2048 else (16, 16))):  # more than a tile; tails
         opt, params, states, mixtures = mixed_optimizer(name, n)
         for grads in tame((n,), 3):
             g = grads[0].sign() * (1 + grads[0].abs() % 1)

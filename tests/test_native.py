@@ -69,7 +69,7 @@ def drive(module, names=ONE_PER_RULE, preload="", repeat=1, **more):
         for name in names
     }
     job = {"module": str(module), "plan": plan.__file__, "cases": cases, "repeat": repeat}
-    job |= {"chunk": 64, "whole": 2, "ahead": 128, "threads": 4, "steps": 3, "withheld": 0, **more}
+    job |= {"chunk": 64, "whole": 64, "ahead": 128, "threads": 4, "steps": 3, "withheld": 0, **more}
     options = {"PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **options}  # spinning workers crawl on a busy machine
     command = [sys.executable, str(DRIVER), json.dumps(job)]

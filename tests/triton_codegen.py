@@ -1,0 +1,190 @@
+"""A program of its own: drives the Triton engine without a GPU and without the interpreter, compiled for real.
+
+`python triton_codegen.py TARGET` compiles every rule for cuda:80, cuda:90, cuda:100 or hip:gfx942 and prints what the
+machine code is like, a JSON line per kernel. `python triton_codegen.py launches` runs steps against a driver that
+compiles but does not launch, and prints what would have been launched.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from engines import NAMED, ONE_PER_RULE, make, parameters, starts, step, tame
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from layerfused import kernels, triton_engine
+from layerfused.kernels import engine
+
+BF16 = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
+WITH_P32 = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
+STEP, WITHOUT_NORM, PIECES = 15, 14, (1, 2, 4, 6, 8)
+
+
+def signature():
+    i, f, d, n = "*i64", "*fp32", "*fp64", "*i32"
+    plan, given = engine.Plan(i, i, i, i), engine.Given(i, i, i, d, i)
+    return engine.Table(plan, given, engine.Kept(f, d, d, d, d, i), engine.Work(n, d, f))
+
+
+def rule_of(name):
+    opt = make(name, parameters(starts((1,))))
+    return opt.rule_of(opt.param_groups[0])
+
+
+def variants(target):
+    """(rule's case, fields of the Spec): every rule as an ordinary step, and one of each kind in every other way."""
+    for name in ONE_PER_RULE:
+        rule = rule_of(name)
+        mixed = rule.layerwise and not rule.needs_adapt
+        yield name, {"phases": STEP, "clip": True, "mixed": mixed}
+        yield name, {"phases": WITHOUT_NORM}
+    if target != "cuda:90":
+        return
+    for name in ("lamb", "aida-k1", "adam-decay"):
+        for storage in (BF16, FP16, WITH_P32):
+            yield name, {"phases": WITHOUT_NORM, "storage": storage}
+    yield "lamb", {"phases": WITHOUT_NORM, "live": True}
+    for phases in PIECES:
+        yield "lamb", {"phases": phases, "clip": phases == 1, "mixed": True}
+
+
+def compiled(name, target, phases, clip=False, mixed=False, live=False, storage=(torch.float32,) * 4):
+    rule = rule_of(name)
+    types = tuple(triton_engine.TYPES[dtype] for dtype in storage)
+    form = triton_engine.triton_form(rule)
+    spec = engine.Spec(form, rule.hyper, types, triton_engine.TILE, phases, clip, live, bool(rule.scalar), mixed)
+    source = ASTSource(engine.run, {"t": signature(), "spec": "constexpr"}, {(1,): spec}, {})
+    backend, arch = target.split(":")
+    options = triton_engine.options()
+    if backend == "hip":
+        options.pop("maxnreg")
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def resources(kernel):
+    """Registers and bytes of local memory a thread, as the machine code says."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(usage["REG"]), "local": int(usage["STACK"]) + int(usage["LOCAL"])}
+
+
+def nvidia(kernel):
+    text = kernel.asm["ptx"]
+    words = re.findall(r"^\s*(?:@!?%p\d+ )?((?:ld|st|atom|fence|div|sqrt|fma|mul|add|sub|bar)\.[\w.:]+)", text, re.M)
+    return {**resources(kernel), "words": Counter(words), "flushes": text.count(".ftz"), "unguarded": unguarded(words)}
+
+
+def unguarded(words):
+    """Releases that no barrier separates from a store before them: one thread would speak for stores of others."""
+    found, open_stores = 0, False
+    for word in words:
+        if word.startswith("st.global"):
+            open_stores = True
+        elif word.startswith("bar"):
+            open_stores = False
+        elif word.startswith("atom") and ("release" in word or "acq_rel" in word):
+            found += open_stores
+    return found
+
+
+def amd(kernel):
+    text = kernel.asm["amdgcn"]
+    numbers = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", text))
+    local = int(numbers["vgpr_spill_count"]) + int(numbers["private_segment_fixed_size"])
+    words = Counter(re.findall(r"^\s*((?:global|flat|buffer|scratch|s_barrier|v_fma)\w*)", text, re.M))
+    return {"registers": int(numbers["vgpr_count"]), "local": local, "words": words, "flushes": 0}
+
+
+def compile_all(target):
+    for name, fields in variants(target):
+        began = time.perf_counter()
+        kernel = compiled(name, target, **fields)
+        seconds = time.perf_counter() - began
+        found = nvidia(kernel) if target.startswith("cuda") else amd(kernel)
+        shown = {**fields, "storage": [str(dtype) for dtype in fields.get("storage", ())]}
+        line = {"rule": NAMED[name].rule, "fields": shown, "seconds": round(seconds, 2), **found}
+        print(json.dumps(line), flush=True)
+
+
+class Driver:
+    """Compiles for a target, loads nothing, and writes down what would have been launched."""
+
+    def __init__(self, target):
+        self.target, self.launched, self.utils, self.launcher_cls = target, [], self, self._launcher
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+        self.get_active_torch_device = lambda: torch.device("cpu")
+        self.get_device_properties = lambda device: {"max_shared_mem": 1 << 20, "multiprocessor_count": 1}
+
+    def load_binary(self, name, binary, shared, device):
+        return object(), object(), 0, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+    def _launcher(self, source, metadata):
+        return lambda *args, **kwargs: self.launched.append((args[:3], metadata.name))
+
+
+def launches():
+    """A step, then steps with other numbers: lr, weight decay, step and clip; other sizes; a tensor lr."""
+    driver = Driver(GPUTarget("cuda", 90, 32))
+    triton.runtime.driver.set_active(driver)
+    kernels.INTERPRETED = True  # CPU tensors stand for a GPU's
+    sizes, lines = (3, 1024, 1025, 9000), []
+    params = parameters(starts(sizes))
+    groups = [{"params": params[:2], "adapt": False}, {"params": params[2:]}]
+    opt = make("lamb", groups, backend="triton", max_grad_norm=1.0)
+
+    def take(label):
+        before, launched, began = compilations(), len(driver.launched), time.perf_counter()
+        step(opt, params, next(tame(sizes, 1)))
+        seconds = time.perf_counter() - began
+        lines.append({"what": label, "compiled": compilations() - before, "seconds": seconds})
+        lines[-1]["launches"] = len(driver.launched) - launched
+
+    take("first")
+    take("again")
+    for group in opt.param_groups:
+        group["lr"] *= 0.5
+        group["weight_decay"], group["betas"] = 0.3, (0.8, 0.95)
+    take("other numbers")
+    opt.defaults["max_grad_norm"] = 2.0
+    opt.param_groups[0]["lr"] = 1.0
+    take("other clip")
+    params[0].grad = None
+    take("gradients elsewhere")
+    opt.param_groups[1]["lr"] = torch.tensor(1e-3)
+    take("lr on the device")
+    opt.param_groups[1]["lr"].fill_(2e-3)
+    take("another lr on the device")
+    opt.add_param_group({"params": parameters(starts((77,)))})
+    params += opt.param_groups[-1]["params"]
+    sizes = (*sizes, 77)
+    take("one more group")
+    print(json.dumps(lines))
+
+
+def compilations():
+    return sum(len(cache[0]) for cache in engine.run.device_caches.values())
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    launches() if sys.argv[1] == "launches" else compile_all(sys.argv[1])
