@@ -1,1 +1,1 @@
-"""Benches of layerfused: `python -m bench step …` measures, `python -m bench report FILE.json` prints."""
+"""Benches of layerfused: `python -m bench step …` measures, `… tune` sweeps, `… report FILE.json` prints."""

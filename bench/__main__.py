@@ -3,16 +3,16 @@
 import argparse
 import sys
 
-from . import report, step
+from . import report, step, tune
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in {"step": step, "report": report}.items():
+    for name, module in {"step": step, "tune": tune, "report": report}.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, error=command.error)
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     args.command = words  # a bench writes down how it was called

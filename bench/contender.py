@@ -1,11 +1,14 @@
 """An optimizer as it takes part in a bench: over shared parameters, with states of its own."""
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import device as devices
 from . import spec as specs
+from . import timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,19 +35,38 @@ class _OperatorCount(TorchDispatchMode):
 
 @dataclass
 class Contender:
-    """A built optimizer and the parameters it steps."""
+    """A built optimizer and the parameters it steps.
+
+    Attributes:
+        first_step_s: wall time of the first step, until the device is done.
+        allocated_bytes: what building and the first steps have allocated; None where nobody counts it.
+    """
 
     spec: specs.Spec
     params: list
     opt: torch.optim.Optimizer
+    first_step_s: float | None = None
+    allocated_bytes: int | None = None
 
     @classmethod
     def build(cls, spec, params):
         """Builds the optimizer and takes two steps: torch's make their states, Triton's compile in the first."""
+        device = devices.on(params[0].device.type)
+        before = device.allocated()
         contender = cls(spec, params, specs.build(spec, params))
+        device.synchronize()
+        start = time.perf_counter()
         contender.step()
+        device.synchronize()
+        contender.first_step_s = time.perf_counter() - start
         contender.step()
+        device.synchronize()
+        contender.allocated_bytes = None if before is None else device.allocated() - before
         return contender
+
+    @property
+    def device(self):
+        return devices.on(self.params[0].device.type)
 
     def step(self):
         if self.spec.clip:
@@ -83,10 +105,18 @@ class Contender:
             self.step()
         return count.calls
 
+    def host_us(self):
+        """Host time of a step in µs. Where step() waits for its work, of one whose tensors have one element each."""
+        if self.device.returns_early:
+            return 1e6 * timing.host_seconds(self.step, self.device)
+        few = parameters([(1,)] * len(self.params), self.params[0].dtype, self.device.name)
+        return 1e6 * timing.host_seconds(Contender.build(self.spec, few).step, self.device)
+
     def memory(self):
-        """Bytes the algorithm needs (parameters, gradients, states) and bytes held beside them (ours only)."""
+        """Bytes the algorithm needs (parameters, gradients, states), held beside them (ours only), and as counted."""
         tensors = [p for p in self.params] + [p.grad for p in self.params]
         tensors += [s for state in self.opt.state.values() for s in state.values() if isinstance(s, torch.Tensor)]
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
         held = self.opt.workspace_bytes() if self.ours else None
-        return {"needed_bytes": sum(storages.values()), "workspace_bytes": held}
+        counted = {"allocated_bytes": self.allocated_bytes, "peak_bytes": self.device.peak_bytes(self.step)}
+        return {"needed_bytes": sum(storages.values()), "workspace_bytes": held} | counted

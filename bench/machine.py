@@ -1,12 +1,16 @@
 """Where a bench ran, as data for its JSON: versions, processor, memory. No host names, no paths."""
 
+import datetime
 import os
 import platform
+import shlex
 import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from . import spec as specs
 
 
 def _first(path, key):
@@ -23,9 +27,9 @@ def _last_level_cache():
     return caches[-1].read_text().strip() if caches else None
 
 
-def describe(device):
-    """Processor, cores, last-level cache, memory, instruction set, and the GPU's name if one is used."""
-    facts = {
+def describe():
+    """Processor, cores, last-level cache, memory, instruction set."""
+    return {
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "last_level_cache": _last_level_cache(),
@@ -33,7 +37,6 @@ def describe(device):
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    return facts | ({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {})
 
 
 def versions(packages):
@@ -45,6 +48,19 @@ def versions(packages):
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def origin(bench, args, device, texts):
+    """Where results come from: the call, the machine, and the versions of what the optimizers' specs name."""
+    packages = {specs.parse(text).package.partition(".")[0] for text in texts}
+    return {
+        "bench": bench,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": "python -m bench " + shlex.join(args.command),
+        "machine": describe() | device.facts(),
+        "versions": versions(packages | {"layerfused", "numpy", "triton"}),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _busy_seconds():
@@ -74,10 +90,8 @@ class OtherLoad:
         return max(0.0, others / (time.perf_counter() - self.wall))
 
 
-def free_bytes(device):
-    """Memory that can still be used on the device; on the CPU also what the control group leaves."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+def free_bytes():
+    """Memory that the system and the control group leave."""
     available = _first("/proc/meminfo", "MemAvailable")
     free = int(available.split()[0]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     try:

@@ -4,17 +4,20 @@ import json
 from itertools import groupby
 from pathlib import Path
 
+from .constants import named
+
 
 def add_arguments(parser):
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    parser.add_argument("--markdown", action="store_true", help="the table as README shows it")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="bars of the first file")
+    parser.add_argument("--markdown", action="store_true", help="the table as README shows it (of a step)")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="bars of the first file, which must be a step's")
 
 
 def run(args):
     documents = [json.loads(path.read_text()) for path in args.files]
     for document in documents:
-        print(markdown(document) if args.markdown else text(document))
+        printed = sweep if document["bench"] == "tune" else markdown if args.markdown else text
+        print(printed(document))
     if args.plot:
         plot(documents[0], args.plot)
 
@@ -43,17 +46,27 @@ COLUMNS = {
     "GB/s": lambda row: number(row["gb_per_s"]),
     "% of copy": lambda row: number(row["percent_of_copy"]),
     "native calls": lambda row: number(row["native_calls"]),
+    "launches": lambda row: number(row.get("launches")),
+    "memcpys": lambda row: number(row.get("memcpys")),
     "host µs": lambda row: number(row["host_us"]),
+    "first s": lambda row: number(row.get("first_step_s")),
     "extra KiB": lambda row: number(row["workspace_bytes"], 2**10),
     "extra %": lambda row: number(_extra_percent(row)),
+    "allocated MiB": lambda row: number(row.get("allocated_bytes"), 2**20),
+    "peak MiB": lambda row: number(row.get("peak_bytes"), 2**20),
 }
-IN_README = ("optimizer", "median ms", "GB/s", "% of copy", "native calls", "host µs")
+IN_README = ("optimizer", "median ms", "GB/s", "% of copy", "native calls", "launches", "host µs")
 
 
 def _extra_percent(row):
     """Bytes beside parameters, gradients and states, in percent of these."""
     held, needed = row["workspace_bytes"], row["needed_bytes"]
     return None if held is None or not needed else 100 * held / needed
+
+
+def filled(rows, names):
+    """Those of the columns in which something was measured: a GPU's are empty on a CPU."""
+    return [name for name in names if any(COLUMNS[name](row) != "–" for row in rows)]
 
 
 def groups(document):
@@ -99,11 +112,36 @@ def text(document):
     """The whole report as plain aligned tables."""
     parts = []
     for rows, copy in groups(document):
-        lines = [list(COLUMNS)] + [[column(row) for column in COLUMNS.values()] for row in rows]
+        names = filled(rows, COLUMNS)
+        lines = [names] + [[COLUMNS[name](row) for name in names] for row in rows]
         parts += [*filter(None, [heading(rows, copy), noise(copy), aligned(lines), aligned(ratios(rows))]), ""]
     parts += [f"skipped {note['optimizer']}: {note['reason']}" for note in document["skipped"]]
-    parts.append(where(document))
-    return "\n".join(parts)
+    return "\n".join([*parts, *missing(document), where(document)])
+
+
+def sweep(document):
+    """The points of a sweep of constants, best first; what failed or spilled says why below."""
+    points = document["points"]
+    start = points[0]["score"]
+    cases = [f"{k}: {row['shapes']}, {row['optimizer']}" for k, row in enumerate(points[0]["rows"], 1)]
+    columns = [f"{k} {what}" for k in range(1, len(cases) + 1) for what in ("ms", "GB/s", "% of copy")]
+    lines = [[*points[0]["constants"], "/ start", *columns, "registers", "spills"]]
+    reasons = []
+    for point in sorted(points, key=lambda point: point["score"] or float("inf")):
+        rows, score = point["rows"], point["score"]
+        found = [row.get(key) for row in rows for key in ("median_ms", "gb_per_s", "percent_of_copy")]
+        most = [max((row[key] for row in rows if row[key] is not None), default=None) for key in ("n_regs", "n_spills")]
+        cells = [number(cell) for cell in (*found, *most)]
+        share = score / start if score and start else None
+        lines.append([*map(str, point["constants"].values()), ratio(share), *cells])
+        told = [f"{k} {row['reason']}" for k, row in enumerate(rows, 1) if row["reason"]]
+        reasons += [f"{named(point['constants'])}: {'; '.join(told)}"] if told else []
+    ended = [f"stopped: {document['stopped']}"] if document["stopped"] else []
+    return "\n".join([*cases, aligned(lines), *reasons, *ended, *missing(document), where(document)])
+
+
+def missing(document):
+    return [f"not measured: {what}" for what in document["not_measured"]]
 
 
 def where(document):
@@ -117,10 +155,11 @@ def where(document):
 def markdown(document):
     """README's table: one line per shapes and optimizer, competitors' ratios in the last columns."""
     rivals = list(dict.fromkeys(rival for row in document["rows"] for rival in row["ratios"]))
-    head = ["shapes", *IN_README, *(f"× {rival}" for rival in rivals)]
+    names = filled(document["rows"], IN_README)
+    head = ["shapes", *names, *(f"× {rival}" for rival in rivals)]
     lines = [head, ["---", "---"] + ["---:"] * (len(head) - 2)]
     for row in document["rows"]:
-        cells = [COLUMNS[name](row) for name in IN_README]
+        cells = [COLUMNS[name](row) for name in names]
         lines.append([row["shapes"], *cells, *(ratio(row["ratios"].get(rival)) for rival in rivals)])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     warnings = dict.fromkeys(f" {noise(copy)} ({copy['shapes']})." for copy in document["copies"] if noise(copy))

@@ -1,14 +1,13 @@
 """Time of one optimizer step over a model's shapes, interleaved with competitors and a memory copy."""
 
-import datetime
 import gc
 import json
-import shlex
 import sys
 from pathlib import Path
 
 import torch
 
+from . import device as devices
 from . import machine, report, timing
 from . import shapes as models
 from . import spec as specs
@@ -16,15 +15,15 @@ from .contender import DTYPES, Contender, parameters
 
 METHODS = {
     "order": "contenders take turns in the rows of a Williams design: each follows each other equally often",
-    "time": "cpu: wall time of step(); cuda: a pair of events around step() on an idle device, L2 not flushed",
     "gradients": "the same fixed tensors in every step and for every optimizer; parameters are shared, states are not",
-    "copy": "torch copy_ between two fp32 buffers of the model's size (256 MiB to 1 GiB), one more contender; "
-    "bytes read + written",
+    "copy": "torch copy_ between two fp32 buffers of the model's size, at least 256 MiB on a CPU and 1 GiB on a GPU, "
+    "at most 1 GiB; one more contender; bytes read + written",
+    "first_step_s": "wall time of the first step over these tensors, which makes states and compiles; what Triton has "
+    "compiled already, in this process or in its cache on disk, is not compiled again",
     "bytes": "compulsory: what the algorithm must move if all stays in cache between sweeps; requested: what the plan "
     "asks for; gb_per_s and percent_of_copy are by compulsory bytes and the median",
     "native_calls": "ours: launches by the plan's count; others: torch operator calls in one step, counted by a "
     "TorchDispatchMode; a foreach call counts once, though on a CPU it loops over the tensors",
-    "host_us": "step() of the same optimizer over as many tensors of one element each, until it returns",
     "workspace_bytes": "opt.workspace_bytes(): held beside parameters, gradients and states",
     "others_cpus": "CPUs that other processes kept busy during the rounds, from /proc/stat; above 0.1 is a noisy run",
     "ratios": "median of the row / median of the competitor, both of this run",
@@ -41,7 +40,7 @@ def add_arguments(parser):
     add("--optimizers", default="LAMB,LAMB(max_grad_norm=None),AdamW", help='list of NAME or "NAME(key=value,…)"')
     add("--against", default="torch.AdamW:fused", help="list of competitors, [clip+]package.Name[:flag][(key=value,…)]")
     add("--dtype", choices=DTYPES, default="fp32", help="of parameters and gradients")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--device", choices=devices.DEVICES, default="cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--repeats", type=int, default=15, help="rounds at least, whatever they take")
     add("--seconds", type=float, default=10.0, help="wall time per shape after which no further round begins")
@@ -60,7 +59,7 @@ def batches(ours, against, room):
 
 def room(elements, device):
     """How many optimizers' states fit: two fp32 tensors each, and two spare ones for what foreach code allocates."""
-    return int(0.95 * machine.free_bytes(device) / (8 * max(elements, 1))) - 1
+    return int(0.95 * device.free_bytes() / (8 * max(elements, 1))) - 1
 
 
 def enter(texts, params, optional, notes):
@@ -79,53 +78,41 @@ def enter(texts, params, optional, notes):
     return entered
 
 
-def host_us(contender):
-    """Python overhead in µs: the contender's step where every tensor has one element."""
-    p = contender.params[0]
-    few = parameters([(1,)] * len(contender.params), p.dtype, p.device.type)
-    return 1e6 * timing.host_seconds(Contender.build(contender.spec, few).step, p.device.type)
-
-
-def row(contender, samples, copy):
-    """One line of the report, without what is the same for the whole run."""
+def speed(contender, samples, yardstick):
+    """What the samples say of a contender, against the copy's row."""
     line = {"optimizer": contender.spec.text, "ours": contender.ours, "engine": contender.engine}
-    line |= timing.summary(samples) | contender.traffic() | contender.memory()
+    line |= timing.summary(samples) | contender.traffic()
     compulsory = line["compulsory_bytes"]
-    speed = compulsory and compulsory / line["median_ms"] / 1e6
-    percent = speed and 100 * speed / copy["gb_per_s"]
-    return line | {"gb_per_s": speed, "percent_of_copy": percent, "host_us": host_us(contender)}
+    found = compulsory and compulsory / line["median_ms"] / 1e6
+    percent = found and 100 * found / yardstick["gb_per_s"]
+    return line | {"gb_per_s": found, "percent_of_copy": percent, "first_step_s": contender.first_step_s}
 
 
-def copy_row(copy, samples):
-    """The copy's line: its median is the run's yardstick."""
-    line = timing.summary(samples)
-    return line | {"bytes": copy.bytes, "gb_per_s": copy.bytes / line["median_ms"] / 1e6}
-
-
-def measure(contenders, copy, args):
-    """Rows of one batch and the copy's row."""
-    clock = timing.cuda_seconds if args.device == "cuda" else timing.cpu_seconds
+def measure(contenders, copy, device, args):
+    """Rows of one batch and the copy's row; the profiler comes last, so that it disturbs no timing of its batch."""
     calls = [copy.step, *(c.step for c in contenders)]
     load = machine.OtherLoad()
-    copied, *samples = timing.interleave(calls, args.repeats, args.seconds, clock)
-    yardstick = copy_row(copy, copied) | {"others_cpus": load.cpus()}
-    return [row(c, s, yardstick) for c, s in zip(contenders, samples, strict=True)], yardstick
+    copied, *samples = timing.interleave(calls, args.repeats, args.seconds, device.timed)
+    yardstick = copy.row(copied) | {"others_cpus": load.cpus()}
+    rows = [speed(c, s, yardstick) for c, s in zip(contenders, samples, strict=True)]
+    rows = [row | c.memory() | {"host_us": c.host_us()} for row, c in zip(rows, contenders, strict=True)]
+    return [row | device.launches(c.step) for row, c in zip(rows, contenders, strict=True)], yardstick
 
 
 def bench(name, args, notes):
     """All rows of one list of shapes: everyone over the same parameters, in batches where memory is short."""
     shapes = models.load(name)
-    elements = models.elements(shapes)
+    elements, device = models.elements(shapes), devices.on(args.device)
     params = parameters([shape for _, shape in shapes], DTYPES[args.dtype], args.device)
-    copy = timing.Copy(elements, args.device)
+    copy = timing.Copy(elements, device)
     ours, against = specs.split(args.optimizers), specs.split(args.against)
     common = {"device": args.device, "threads": args.threads, "dtype": args.dtype}
     common = {"shapes": Path(name).stem, "tensors": len(shapes), "elements": elements} | common
     rows, copies = [], []
-    for batch, part in enumerate(batches(ours, against, room(elements, args.device))):
+    for batch, part in enumerate(batches(ours, against, room(elements, device))):
         contenders = enter(part, params, False, notes)
         rivals = enter(against, params, True, notes)
-        measured, yardstick = measure(contenders + rivals, copy, args)
+        measured, yardstick = measure(contenders + rivals, copy, device, args)
         medians = {line["optimizer"]: line["median_ms"] for line in measured[len(contenders) :]}
         for line in measured:
             line["ratios"] = {rival: line["median_ms"] / median for rival, median in medians.items()}
@@ -140,20 +127,12 @@ def bench(name, args, notes):
 
 def document(args, rows, copies, notes):
     """What the JSON holds: rows, and all that is needed to read and repeat them."""
-    texts = specs.split(args.optimizers) + specs.split(args.against)
-    packages = {specs.parse(text).package.partition(".")[0] for text in texts}
-    missing = NOT_MEASURED + (["anything on a GPU"] if args.device == "cpu" else [])
-    return {
-        "bench": "step",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m bench " + shlex.join(args.command),
-        "machine": machine.describe(args.device),
-        "versions": machine.versions(packages | {"layerfused", "numpy"}),
-        "threads": args.threads,
+    device = devices.on(args.device)
+    return machine.origin("step", args, device, specs.split(args.optimizers) + specs.split(args.against)) | {
         "repeats": args.repeats,
         "seconds": args.seconds,
-        "methods": METHODS,
-        "not_measured": missing,
+        "methods": METHODS | device.methods,
+        "not_measured": NOT_MEASURED + device.not_measured,
         "skipped": notes,
         "copies": copies,
         "rows": rows,
@@ -162,14 +141,15 @@ def document(args, rows, copies, notes):
 
 def check(args):
     """Every complaint comes before the measuring: spelling, shapes, device, matplotlib, output folders."""
+    missing = devices.DEVICES[args.device].missing()
+    if missing:
+        args.error(f"--device {args.device}: {missing}")
     for text in specs.split(args.optimizers) + specs.split(args.against):
         specs.parse(text)
     for name in specs.split(args.shapes):
         models.load(name)
     if not specs.split(args.optimizers) or args.repeats < 1:
         raise ValueError("--optimizers must name at least one and --repeats must be >= 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: torch.cuda.is_available() is False here")
     for path in filter(None, (args.json, args.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.plot:

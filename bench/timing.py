@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from .device import cpu_seconds
+
 
 def turns(n):
     """Rows of a Williams design over n contenders: each starts and stands everywhere, and follows each other alike.
@@ -14,24 +16,6 @@ def turns(n):
     zigzag = [(i + 1) // 2 if i % 2 else (n - i // 2) % n for i in range(n)]
     rows = [[(i + r) % n for i in zigzag] for r in range(n)]
     return rows if n % 2 == 0 else [turn for row in rows for turn in (row, row[::-1])]
-
-
-def cpu_seconds(call):
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def cuda_seconds(call):
-    """Time between two events around one call on an idle device: the launches' host time is in it where it shows."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def interleave(calls, repeats, seconds, clock=cpu_seconds):
@@ -64,8 +48,7 @@ def host_seconds(call, device, limit=0.5):
     for _ in range(3):
         call()
     while len(samples) < 5 or (len(samples) < 200 and time.perf_counter() < end):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        device.synchronize()
         samples.append(cpu_seconds(call))
     return summary(samples)["median_ms"] / 1e3
 
@@ -73,14 +56,19 @@ def host_seconds(call, device, limit=0.5):
 class Copy:
     """The yardstick: one copy between two fp32 buffers as large as the model, as one more contender.
 
-    At least 256 MiB, so that caches do not serve it; at most 1 GiB, beyond which only memory is lost.
+    At least what the device asks for, so that caches do not serve it; at most 1 GiB, beyond which only memory is lost.
     """
 
     def __init__(self, elements, device):
-        n = min(max(elements, 2**26), 2**28)
-        self.source = torch.ones(n, device=device)
+        n = min(max(elements, device.copy_elements), 2**28)
+        self.source = torch.ones(n, device=device.name)
         self.target = self.source.clone()
         self.bytes = 2 * self.source.nbytes  # read and written
 
     def step(self):
         self.target.copy_(self.source)
+
+    def row(self, samples):
+        """The copy's line: its median is the run's yardstick."""
+        line = summary(samples)
+        return line | {"bytes": self.bytes, "gb_per_s": self.bytes / line["median_ms"] / 1e6}

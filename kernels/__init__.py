@@ -13,7 +13,7 @@ OLDEST = (3, 6)
 if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
     raise ImportError(f"Triton {triton.__version__} is too old, 3.6 or newer is needed: pip install -U triton")
 
-from . import engine, rules  # noqa: E402
+from . import engine, rules, tables  # noqa: E402
 from .rule import (  # noqa: E402
     Element,
     G,
@@ -33,10 +33,11 @@ from .rule import (  # noqa: E402
     root,
     widen,
 )
+from .spec import Spec  # noqa: E402
 
 INTERPRETED = not isinstance(engine.run, triton.JITFunction)
 
 __all__ = [
     "INTERPRETED", "Element", "G", "M", "P", "Rule", "Sweep", "Total", "V", "average", "correction", "divide",
-    "double", "engine", "f32", "power", "product", "root", "rules", "widen",
+    "Spec", "double", "engine", "f32", "power", "product", "root", "rules", "tables", "widen",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ class Launch:
 
     Attributes:
         absent, moved: how many parameters had no gradient at the last `read()`, whether any lay elsewhere.
+        kinds: the storage types of its gradients, a bit for each.
     """
 
     on_chip = 0  # elements up to which a layer is read and written once, whatever its sweeps
@@ -43,7 +44,7 @@ class Launch:
         """
         if self._outputs != self._look():  # a packed tensor was given another storage, through one of its views
             return False
-        changed, odd, self.moved, self.absent = self._reader.read()
+        changed, odd, self.moved, self.absent, self.kinds = self._reader.read()
         if changed:
             return False
         self._copies = [self._copy(i) for i in odd]
@@ -59,6 +60,7 @@ class Launch:
                 g.detach()
             )
         self._reader.replace_gradient(i, g.data_ptr() or -1, STORAGE[wanted])
+        self.kinds |= 1 << STORAGE[wanted]
         return g
 
     def written(self) -> list:

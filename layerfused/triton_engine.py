@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from .forms import triton_form
-from .kernels import engine
+from .kernels import Spec, engine, tables
 from .launch import STORAGE, Launch
 from .plan import Phase, make_plan
 from .table import Table, state_dtype
@@ -22,7 +22,6 @@ PROGRAMS = 4  # on each multiprocessor: what 128 registers a thread allow
 REGISTERS = 128  # without a bound ptxas aims lower and spills
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-FP32 = STORAGE[torch.float32]
 
 
 class TritonLaunch(Launch):
@@ -63,9 +62,9 @@ class TritonLaunch(Launch):
         counters = engine.ARRIVED.value + 2 * layers
         sizes = array("q", (len(plan.items), len(plan.chunks), layers, len(table.params), counters))
         rows = [torch.frombuffer(row, dtype=torch.int64).to(self.device, copy=True) for row in (sizes, *plan.packed())]
-        self._plan, self._items = engine.Plan(*rows), len(plan.items)
+        self._plan, self._items = tables.Plan(*rows), len(plan.items)
         finished = len(self._form.finished.split())
-        self._work = engine.Work(
+        self._work = tables.Work(
             torch.zeros(counters, dtype=torch.int32, device=self.device),
             self._zeros(1 + self.stats.shape[1], len(plan.chunks)),
             torch.zeros(layers * finished, dtype=torch.float32, device=self.device),
@@ -87,7 +86,7 @@ class TritonLaunch(Launch):
         self._addresses, self._counted, self._elements, self._row, self._place = here
         there = [self._device[begin : begin + size] for begin, size in parts]
         there[3] = there[3].view(torch.float64)
-        self._given, self._sent, self._present = engine.Given(*there), b"", None
+        self._given, self._sent, self._present = tables.Given(*there), b"", None
 
     # The step
 
@@ -96,12 +95,12 @@ class TritonLaunch(Launch):
         if not super().read():
             return False
         present = [p.grad is not None for p in self.table.params] if self.absent else None
-        found = self._reader.g_storage
-        kinds = {kind for k, kind in enumerate(found) if present is None or present[k]}
-        if len(kinds) > 1:
-            others = [k for k, kind in enumerate(found) if kind != FP32 and (present is None or present[k])]
+        if self.kinds & (self.kinds - 1):
+            found = enumerate(self._reader.g_storage)
+            others = [k for k, kind in found if kind != STORAGE[torch.float32] and (present is None or present[k])]
             self._copies += [self._copy(k, torch.float32) for k in others]
-        self._gradients = list(TYPES.values())[kinds.pop() if len(kinds) == 1 else FP32]
+            self.kinds = 1 << STORAGE[torch.float32]
+        self._gradients = list(TYPES.values())[max(self.kinds.bit_length() - 1, 0)]
         if self._sent == b"" or present != self._present:
             self._present = present
             self._count(present or [True] * len(self.table.params))
@@ -129,8 +128,8 @@ class TritonLaunch(Launch):
         live = self._send(rows, max_norm)
         here = skipped is not None and skipped.device == self.device
         kept = (self.table.step, self.table.scalars, self.stats, self.table.report, self.norm)
-        table = engine.Table(
-            self._plan, self._given, engine.Kept(*kept, skipped if here else self._unheeded), self._work
+        table = tables.Table(
+            self._plan, self._given, tables.Kept(*kept, skipped if here else self._unheeded), self._work
         )
         storage = (self._storage[0], self._gradients, *self._storage[1:])
         rule, mixed = self.table.rule, not all(spec.stats for spec in self.table.layers)
@@ -183,9 +182,9 @@ def place_of(value: torch.Tensor) -> int:
 
 
 @cache
-def spec_of(*fields) -> "engine.Spec":
+def spec_of(*fields) -> Spec:
     """One object per variant: by it Triton finds what it has compiled."""
-    return engine.Spec(*fields)
+    return Spec(*fields)
 
 
 def options() -> dict:

@@ -8,6 +8,7 @@ compiles but does not launch, and prints what would have been launched.
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from layerfused import kernels, triton_engine
-from layerfused.kernels import engine
+from layerfused.kernels import engine, tables
 
 BF16 = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
@@ -32,8 +33,8 @@ STEP, WITHOUT_NORM, PIECES = 15, 14, (1, 2, 4, 6, 8)
 
 def signature():
     i, f, d, n = "*i64", "*fp32", "*fp64", "*i32"
-    plan, given = engine.Plan(i, i, i, i), engine.Given(i, i, i, d, i)
-    return engine.Table(plan, given, engine.Kept(f, d, d, d, d, i), engine.Work(n, d, f))
+    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i)
+    return tables.Table(plan, given, tables.Kept(f, d, d, d, d, i), tables.Work(n, d, f))
 
 
 def rule_of(name):
@@ -62,7 +63,7 @@ def compiled(name, target, phases, clip=False, mixed=False, live=False, storage=
     rule = rule_of(name)
     types = tuple(triton_engine.TYPES[dtype] for dtype in storage)
     form = triton_engine.triton_form(rule)
-    spec = engine.Spec(form, rule.hyper, types, triton_engine.TILE, phases, clip, live, bool(rule.scalar), mixed)
+    spec = kernels.Spec(form, rule.hyper, types, triton_engine.TILE, phases, clip, live, bool(rule.scalar), mixed)
     source = ASTSource(engine.run, {"t": signature(), "spec": "constexpr"}, {(1,): spec}, {})
     backend, arch = target.split(":")
     options = triton_engine.options()
@@ -152,7 +153,7 @@ def launches():
     groups = [{"params": params[:2], "adapt": False}, {"params": params[2:]}]
     opt = make("lamb", groups, backend="triton", max_grad_norm=1.0)
 
-    def take(label):
+    def take(label):  # a step of what `opt` is now
         before, launched, began = compilations(), len(driver.launched), time.perf_counter()
         step(opt, params, next(tame(sizes, 1)))
         seconds = time.perf_counter() - began
@@ -178,6 +179,9 @@ def launches():
     params += opt.param_groups[-1]["params"]
     sizes = (*sizes, 77)
     take("one more group")
+    lion = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "trust_lion.py"))["TrustLion"]
+    opt = lion(params, backend="triton")
+    take("a rule of one's own")
     print(json.dumps(lines))
 
 

@@ -140,7 +140,7 @@ py::tuple Reader::read() {
   static PyObject* grad = name("grad");
   py::list changed, odd;
   bool moved = false;
-  int64_t absent = 0;
+  int64_t absent = 0, kinds = 0;
   dlpack::Tensor view;
   gradients_.assign(expected_.size(), py::none());
   for (size_t i = 0; i < expected_.size(); ++i) {
@@ -159,11 +159,12 @@ py::tuple Reader::read() {
                has_memory(view) && is_plain(i, gradient.ptr(), address_of(view))) {
       g[i] = address_of(view) ? address_of(view) : -1;  // an empty gradient is there, though it has no memory
       g_storage[i] = storage_of(view);
+      kinds |= int64_t(1) << g_storage[i];
     } else {
       odd.append(i);
     }
   }
-  return py::make_tuple(changed, odd, moved, absent);
+  return py::make_tuple(changed, odd, moved, absent, kinds);
 }
 
 int64_t Reader::workspace_bytes() const {

@@ -27,7 +27,7 @@ class Reader {
 
   // Reads p and g. Answers what Python has to look at: the indices of parameters that changed their layout or whose
   // states were replaced, those of gradients that do not lie like their parameter, whether an address of p changed,
-  // and how many parameters have no gradient.
+  // how many parameters have no gradient, and which storage types the others' gradients have, a bit for each.
   pybind11::tuple read();
 
   int64_t workspace_bytes() const;

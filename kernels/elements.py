@@ -1,4 +1,4 @@
-"""Loads and stores of tiles: 16 bytes at a time where memory allows, float32 in registers, our own rounding to 16 bits.
+"""Tiles between memory and registers: 16 bytes at a time where memory allows, float32 inside, our own rounding.
 
 An operand comes as an int64 address. Whether it can be moved in vectors is found out for each operand by itself: a
 misaligned view slows down nobody else.
@@ -6,6 +6,58 @@ misaligned view slows down nobody else.
 
 import triton
 import triton.language as tl
+
+from .rule import Element
+
+P, G, M, V = (tl.constexpr(1 << bit) for bit in range(4))  # as in csrc/rule.h
+
+
+@triton.jit
+def read(t, tile, spec: tl.constexpr, reads: tl.constexpr):
+    """The operands of a sweep as they lie in memory; zeros for those that it does not read."""
+    zero = tl.zeros([tl.constexpr(spec.tile)], tl.float32)
+    p, g, m, v = zero, zero, zero, zero
+    if P & reads:
+        p = load(place_of(t, tile, 0, spec), tile.count, spec.storage[0], spec.tile)
+    if G & reads:
+        g = load(place_of(t, tile, 1, spec), tile.count, spec.storage[1], spec.tile)
+    if M & reads:
+        m = load(place_of(t, tile, 2, spec), tile.count, spec.storage[2], spec.tile)
+    if V & reads:
+        v = load(place_of(t, tile, 3, spec), tile.count, spec.storage[3], spec.tile)
+    return Element(p, g, m, v)
+
+
+@triton.jit
+def write(t, x, tile, spec: tl.constexpr, writes: tl.constexpr):
+    if P & writes:
+        store(place_of(t, tile, 0, spec), x.p, tile.count, spec.storage[0], spec.tile)
+    if M & writes:
+        store(place_of(t, tile, 2, spec), x.m, tile.count, spec.storage[2], spec.tile)
+    if V & writes:
+        store(place_of(t, tile, 3, spec), x.v, tile.count, spec.storage[3], spec.tile)
+
+
+@triton.jit
+def place_of(t, tile, operand: tl.constexpr, spec: tl.constexpr):
+    """The address of a tile's first element."""
+    size: tl.constexpr = spec.storage[operand].primitive_bitwidth // 8
+    return tl.load(t.given.address + 4 * tile.tensor + operand) + tile.start * size
+
+
+@triton.jit
+def prepared(t, x, c, tile, scale, spec: tl.constexpr, reads: tl.constexpr):
+    """The gradient as rules see it: with its sign, clipped, with coupled decay."""
+    g = x.g
+    if G & reads:
+        g = scale * g
+        if spec.couples:
+            p = x.p
+            if (P & reads) == 0:  # read for the decay alone, where there is any
+                count = tl.where(c.coupled != 0, tile.count, 0)
+                p = load(place_of(t, tile, 0, spec), count, spec.storage[0], spec.tile)
+            g = tl.where(c.coupled != 0, g + c.coupled * p, g)
+    return Element(x.p, g, x.m, x.v)
 
 
 @triton.jit

@@ -1,0 +1,92 @@
+"""What a kernel is compiled for: a rule, the types in memory, the phases of a step."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import cached_property
+
+from .rule import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """What a kernel is compiled for. One object per variant: Triton tells variants apart by identity.
+
+    Attributes:
+        rule: whose mathematics.
+        hyper: names of the group's row.
+        storage: Triton's types of p, g, m and v in memory.
+        tile: elements that are in registers at once, a power of 2.
+        phases: which parts of a step (bits as in csrc/plan.h).
+        clip: whether gradients are clipped by the global norm.
+        live: whether some hyper-parameter is a tensor on the device.
+        stateful: whether a layer has a float64 state.
+        mixed: whether some layer of a rule with stats is without them (`adapt=False`).
+    """
+
+    rule: Rule
+    hyper: tuple[str, ...]
+    storage: tuple
+    tile: int
+    phases: int
+    clip: bool
+    live: bool
+    stateful: bool
+    mixed: bool
+
+    @cached_property
+    def Row(self):
+        return namedtuple("Row", self.hyper)
+
+    @cached_property
+    def Started(self):
+        return namedtuple("Started", self.rule.scalars.split())
+
+    @cached_property
+    def Finished(self):
+        return namedtuple("Finished", (self.rule.scalars + " " + self.rule.finished).split())
+
+    @property
+    def width(self) -> int:
+        """Numbers in a group's row."""
+        return len(self.hyper)
+
+    @property
+    def reads(self) -> int:
+        """Operands of both sweeps in one."""
+        return self.rule.first.reads | self.rule.second.reads
+
+    @property
+    def writes(self) -> int:
+        return self.rule.first.writes | self.rule.second.writes
+
+    @property
+    def terms(self) -> int:
+        return self.rule.sums + self.rule.minima
+
+    @property
+    def finished(self) -> int:
+        return len(self.rule.finished.split())
+
+    @property
+    def started(self) -> int:
+        return len(self.rule.scalars.split())
+
+    @property
+    def couples(self) -> bool:
+        return "coupled" in self.rule.scalars.split()
+
+    norms = property(lambda self: self.phases & 1 != 0)
+    reduces = property(lambda self: self.phases & 2 != 0)
+    finishes = property(lambda self: self.phases & 4 != 0)
+    applies = property(lambda self: self.phases & 8 != 0)
+    only_norms = property(lambda self: self.phases == 1)
+    only_finishes = property(lambda self: self.phases == 4)
+    once = property(lambda self: self.phases & 14 == 14)  # a layer is reduced, finished and applied in one launch
+
+    @cached_property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows the variant by: it does not see functions inside of a tuple."""
+        functions = [part for part in self.rule if hasattr(part, "cache_key")]
+        data = [part for part in self.rule if part not in functions]
+        rest = (data, self.hyper, self.storage, self.tile, self.phases, self.clip, self.live, self.stateful, self.mixed)
+        return " ".join([*(function.cache_key for function in functions), repr(rest)])

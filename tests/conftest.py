@@ -1,0 +1,27 @@
+"""Where there is no GPU, Triton's kernels run in its interpreter: their arithmetic is tested everywhere.
+
+Triton looks at the environment when it is imported, so this comes before any test module. Where there is a GPU the
+same tests run the compiled kernels, and the interpreter must not be asked for.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch):
+    """Patches Triton's language once per launch: the interpreter does it at every call of a device function anew.
+
+    That is two thirds of its time. On a GPU there is nothing to do.
+    """
+    from layerfused.kernels import INTERPRETED
+
+    if INTERPRETED:
+        from triton_cases import patch_once
+
+        patch_once(monkeypatch)
