@@ -1,4 +1,4 @@
-# make demo · make test · make test-all · make bench · make clean
+# make demo · make test · make test-all · make test-triton · make bench · make clean
 # Each needs Python >= 3.10 with venv and headers, g++ and make; all else comes into .venv at the versions of
 # constraints.txt. A second call finds the stamps and skips what is done.
 PYTHON ?= python3
@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all test-triton bench clean
 
 demo: .venv/.built
 	$(RUN) -m bench.demo
@@ -21,6 +21,15 @@ test: .venv/.built
 test-all: .venv/.built
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -m ""
+
+# The Triton engine with every version of its range, each in a folder of its own; Triton 3.6 needs an older NumPy.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+test-triton: .venv/.built
+	for version in $(TRITONS); do \
+	    packages=build/triton-$$version; \
+	    PIP_CONSTRAINT= $(RUN) -m pip install -q --no-deps --target $$packages triton==$$version 'numpy<2.4' && \
+	    PYTHONPATH=$$packages $(RUN) -m pytest -q -W ignore tests/test_triton_*.py tests/test_own_rule.py || exit 1; \
+	done
 
 # README's table, about three minutes on an idle machine.
 RESULTS := bench/results/cpu

@@ -9,8 +9,8 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed: pip install 'triton>=3.6'") from error
 
-OLDEST = (3, 6)
-if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+if VERSION < (3, 6):
     raise ImportError(f"Triton {triton.__version__} is too old, 3.6 or newer is needed: pip install -U triton")
 
 from . import engine, rules, tables  # noqa: E402
@@ -36,6 +36,14 @@ from .rule import (  # noqa: E402
 from .spec import Spec  # noqa: E402
 
 INTERPRETED = not isinstance(engine.run, triton.JITFunction)
+if INTERPRETED and VERSION == (3, 6):
+    import numpy
+
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        raise ImportError(
+            f"Triton {triton.__version__}'s interpreter does not work with NumPy {numpy.__version__}: "
+            "pip install 'numpy<2.4', or Triton 3.7"
+        )
 
 __all__ = [
     "INTERPRETED", "Element", "G", "M", "P", "Rule", "Sweep", "Total", "V", "average", "correction", "divide",

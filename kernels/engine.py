@@ -152,27 +152,27 @@ def reduce_chunk(t, item, started, factor, spec: tl.constexpr):
 
 @triton.jit
 def apply_chunk(t, item, started, factor, spec: tl.constexpr):
-    chunk, layer = item.chunk, item.layer
-    if without_stats(layer, spec):
-        apply_elementwise(t, item, started, factor, spec)
+    if spec.mixed:
+        if item.layer.adapt == 0:
+            apply_elementwise(t, item, started, factor, spec)
+        else:
+            apply_finished(t, item, started, factor, spec)
     else:
-        if spec.reduces:
-            wait(t.work.counters + ARRIVED + 2 * layer.number + 1)  # acquires what the layer's last to arrive published
-        c = spec.Finished(*(started + finished_of(t, layer, spec)))
-        scale = scale_of(t, layer, factor, spec)
-        for first in range(0, chunk.count, spec.tile):
-            tile = tile_of(chunk, first, spec)
-            x = read(t, tile, spec, spec.rule.second.reads)
-            x = prepared(t, x, c, tile, scale, spec, spec.rule.second.reads)
-            write(t, spec.rule.apply(c, x), tile, spec, spec.rule.second.writes)
+        apply_finished(t, item, started, factor, spec)
 
 
 @triton.jit
-def without_stats(layer, spec: tl.constexpr):
-    answer: tl.constexpr = False
-    if spec.mixed:
-        answer = layer.adapt == 0
-    return answer
+def apply_finished(t, item, started, factor, spec: tl.constexpr):
+    """A chunk of a layer that `finish` gave its scalars."""
+    chunk, layer = item.chunk, item.layer
+    if spec.reduces:
+        wait(t.work.counters + ARRIVED + 2 * layer.number + 1)  # acquires what the layer's last to arrive published
+    c = spec.Finished(*(started + finished_of(t, layer, spec)))
+    scale = scale_of(t, layer, factor, spec)
+    for first in range(0, chunk.count, spec.tile):
+        tile = tile_of(chunk, first, spec)
+        x = prepared(t, read(t, tile, spec, spec.rule.second.reads), c, tile, scale, spec, spec.rule.second.reads)
+        write(t, spec.rule.apply(c, x), tile, spec, spec.rule.second.writes)
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def finish_all(t, spec: tl.constexpr):
         number = tl.program_id(0).to(tl.int64)  # (in the interpreter a loop over `range` would give a Python int)
         while number < small(t.plan.sizes + 2):
             layer = layer_of(t, number)
-            if not without_stats(layer, spec):
+            if layer.adapt != 0:
                 sums = ()
                 for k in tl.static_range(tl.constexpr(spec.terms)):
                     sums = sums + (tl.load(t.kept.stats + layer.number * spec.terms + k),)

@@ -249,6 +249,8 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(value, torch.Tensor) and not group["differentiable"] and value.device != device:
             check_range(key, value, *RANGES.get(key, ANY))
             return float(value)
+        if isinstance(value, torch.Tensor) and device and value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{key} on the device must be float32 or float64, got {value.dtype}")
         return value
 
     def _norm_phase(self, launches: list, rows: list, max_norm: float, given) -> int:

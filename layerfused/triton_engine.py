@@ -163,11 +163,22 @@ class TritonLaunch(Launch):
         self._row.cast("B").cast("d")[:] = array("d", numbers)
         now = self._host.tobytes()
         if now != self._sent:
-            self._sent = b""
-            host = self._host_tensor.pin_memory() if self.device.type == "cuda" else self._host_tensor
-            self._device.copy_(host, non_blocking=True)
+            self._upload()
             self._sent = now
         return any(places)
+
+    def _upload(self) -> None:
+        self._sent = b""
+        if self.device.type != "cuda":
+            self._device.copy_(self._host_tensor)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "addresses or hyper-parameters changed since the last step, which a CUDA graph cannot capture: take "
+                "one step with these gradients and groups before the capture"
+            )
+        # torch keeps the pinned copy until the device has read it
+        self._device.copy_(self._host_tensor.pin_memory(), non_blocking=True)
 
     def workspace_bytes(self) -> int:
         tensors = (*self._plan, *self._work, self._device, self.stats, self.table.report, self.norm)
@@ -176,8 +187,6 @@ class TritonLaunch(Launch):
 
 def place_of(value: torch.Tensor) -> int:
     """Where a value lives on the device; an odd address is one of float64."""
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"a hyper-parameter on the device must be float32 or float64, got {value.dtype}")
     return value.data_ptr() + (value.dtype == torch.float64)
 
 

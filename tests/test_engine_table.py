@@ -36,12 +36,17 @@ WORDS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("text", WORDS)
-def test_traffic(text):
+def test_traffic(text, backend):
+    """In words an element; on Triton a layer of 24 is read and written once."""
     cls, _, arguments = text.partition("(")
-    opt = eval(f"cls(params, {arguments}", {"cls": getattr(layerfused, cls), "params": parameters(starts((1000, 24)))})
-    words = dict(zip(("compulsory", "requested"), WORDS[text], strict=True))
-    assert opt.traffic() == {key: 4 * 1024 * count for key, count in words.items()} | {"launches": 1}
+    names = {"cls": getattr(layerfused, cls), "params": parameters(starts((5000, 24)))}
+    opt = eval(f"cls(params, backend={backend!r}, {arguments}", names)
+    once, asked = WORDS[text]
+    small = once if backend == "triton" else asked
+    requested = 4 * (5000 * asked + 24 * small)
+    assert opt.traffic() == {"compulsory": 4 * 5024 * once, "requested": requested, "launches": 1}
 
 
 def rule_of(name):

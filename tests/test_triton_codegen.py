@@ -25,7 +25,8 @@ P, G = rules.P, rules.G
 
 def drive(argument, cache):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE), "TRITON_CACHE_DIR": str(cache)}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(HERE / "triton_codegen.py"), argument]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

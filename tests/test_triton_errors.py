@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import LAYERWISE, ONE_PER_RULE, make, parameters, same_bits, starts, step, tame
+from engines import make, parameters, same_bits, starts, step, tame
 from triton_cases import DEVICE, MARKS, counters, exchange, needs_interpreter, plans, there, train, written
 
 import layerfused
@@ -64,7 +64,7 @@ def test_no_triton(prelude, words):
 
 def test_no_interpreter_and_no_gpu():
     refused, _, on_gpu = refusal("")
-    assert on_gpu == "triton"
+    assert on_gpu == "triton"  # what `auto` says of a GPU, without a warning
     assert "ValueError backend='triton' cannot serve a parameter of shape (3,): the parameter is on cpu" in refused
     assert "it needs a GPU, or TRITON_INTERPRET=1 in the environment" in refused
 
@@ -164,7 +164,7 @@ FAILURES = {  # the kernel's function, calls of it that succeed
 
 @needs_interpreter
 @pytest.mark.parametrize("where", FAILURES)
-@pytest.mark.parametrize("name", LAYERWISE)
+@pytest.mark.parametrize("name", ["lars", "lamb", "novograd-decay", "setadam-coupled"])
 def test_a_launch_that_fails(name, where, monkeypatch):
     """It raises; p and states put back, the next step is as if it had not been."""
     plans(monkeypatch)
@@ -215,7 +215,7 @@ def test_a_failure_in_the_first_sweep_of_a_rule_that_only_reads_there(name, monk
     same_bits(written(opt), written(twin))
 
 
-@pytest.mark.parametrize("name", ONE_PER_RULE)
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
 def test_a_copy_to_the_device_that_fails(name, monkeypatch):
     """What the host says is sent again by the next step, though it is what was sent last."""
     plans(monkeypatch)

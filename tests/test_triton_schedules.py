@@ -18,7 +18,7 @@ from layerfused.kernels import engine
 
 pytestmark = [*MARKS, needs_interpreter]
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
-SIZES = (5, 300, 17, 200, 0, 130)
+SIZES = (5, 300, 0, 200)
 
 
 class Schedule:
@@ -115,14 +115,14 @@ def scheduled(monkeypatch):
 @RULES
 def test_any_order_gives_the_same_bits(name, clip, scheduled):
     found, orders = [], set()
-    for seed, grid in enumerate((1, 2, 3, 3, 7)):
+    for seed, grid in enumerate((1, 3, 7)):
         schedule = scheduled(grid, seed)
         opt, _ = train(name, starts(SIZES), tame(SIZES, 1), mixed(name), max_grad_norm=clip)
         found.append(written(opt))
         assert not counters(opt).any()
         assert len(set(schedule.turns) - {None}) == grid
         orders.add(tuple(schedule.turns))
-    assert len(orders) == 5
+    assert len(orders) == 3
     for other in found[1:]:
         same_bits(other, found[0])
 

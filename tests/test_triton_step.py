@@ -40,8 +40,10 @@ def test_the_norm_of_a_step(name):
     assert not counters(opt).any()
 
 
-@pytest.mark.parametrize("given", [8.0, torch.tensor(8.0), torch.tensor([8.0], dtype=torch.float64, device=DEVICE)])
-@RULES
+GIVEN = [8.0, torch.tensor(8.0), torch.tensor([8.0], dtype=torch.float64, device=DEVICE)]
+
+
+@pytest.mark.parametrize("name, given", [*((name, 8.0) for name in ONE_PER_RULE), *(("lamb", norm) for norm in GIVEN)])
 def test_a_given_norm_clips_instead(name, given):
     values, grads = starts(SIZES), next(tame(SIZES, 1))
     params = parameters(there(values))
@@ -67,10 +69,14 @@ def launches(kind):
     return ([other, triton] if kind.endswith("first") else [triton, other]), 2
 
 
+SKIPPED = [("lamb", kind) for kind in ("one", "two", "cpu first", "cpu last", "reference last")]
+SKIPPED += [("novograd-decay", "two"), ("sgd", "one")]
+
+
 # Bits of the whole optimizer, steps and layer scalars included; two launches share one norm and count once.
+# Leaves out the other rules: what is skipped is no affair of theirs.
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), "given"], ids=str)
-@pytest.mark.parametrize("kind", ["one", "two", "cpu first", "cpu last", "reference last"])
-@pytest.mark.parametrize("name", ["lamb", "novograd-decay", "adabeliefnorm", "sgd"])
+@pytest.mark.parametrize("name, kind", SKIPPED)
 def test_a_norm_that_is_not_finite_changes_nothing(name, kind, poison):
     groups, count = launches(kind)
     opt = make(name, groups, max_grad_norm=1.0)
@@ -109,12 +115,11 @@ def test_no_gradient_at_all_with_a_global_clip(kind):
     assert opt.skipped_steps == 0 and opt.grad_norm == 0
 
 
-@pytest.mark.parametrize("clip", [None, 2.0], ids=["", "clip"])
 @RULES
-def test_maximize(name, clip):
+def test_maximize(name):
     """It is the same as minimizing with the gradient turned round."""
-    up, _ = train(name, starts(SIZES), scaled(2, (-1.0, -1.0)), maximize=True, max_grad_norm=clip)
-    down, _ = train(name, starts(SIZES), tame(SIZES, 2), max_grad_norm=clip)
+    up, _ = train(name, starts(SIZES), scaled(1, (-1.0,)), maximize=True, max_grad_norm=2.0)
+    down, _ = train(name, starts(SIZES), tame(SIZES, 1), max_grad_norm=2.0)
     same_bits(written(up), written(down))
 
 
@@ -143,8 +148,10 @@ def test_groups_with_hyper_parameters_of_their_own(name):
 # Hyper-parameters on the device
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@RULES
+TYPES = [*((name, torch.float32) for name in ONE_PER_RULE), ("lamb", torch.float64), ("sgd", torch.float64)]
+
+
+@pytest.mark.parametrize("name, dtype", TYPES)
 def test_lr_on_the_device(name, dtype):
     """Read by the kernel: a change of the tensor is seen, though nothing is sent again."""
     rates = (0.25, 0.0625)
@@ -180,14 +187,20 @@ def test_lr_of_some_groups_on_the_device():
     same_bits(final(rates), final([float(rate) for rate in rates]))
 
 
+# The bad one is in the second of two launches, so that an engine which checks as it goes would have run the first.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64], ids=str)
 def test_lr_of_a_type_that_the_kernel_does_not_read(dtype):
-    params = parameters(there(starts(SIZES)))
-    opt = make("lamb", params, lr=torch.ones((), dtype=dtype, device=DEVICE), backend="triton")
+    here = there(starts(SIZES))
+    params = parameters([here[0], here[1].bfloat16()])
+    lr = torch.ones((), dtype=dtype, device=DEVICE)
+    opt = make("lamb", [{"params": params[:1]}, {"params": params[1:], "lr": lr}], backend="triton")
+    assert len(opt._current()) == 2
     before = written(opt)
-    with pytest.raises(TypeError, match=f"must be float32 or float64, got {dtype}"):
-        step(opt, params, there(next(tame(SIZES, 1))))
+    for p in params:
+        p.grad = p.detach().clone()
+    with pytest.raises(TypeError, match=f"lr on the device must be float32 or float64, got {dtype}"):
+        opt.step()
     same_bits(written(opt), before)
-    opt.param_groups[0]["lr"] = torch.ones((), device=DEVICE)
-    step(opt, params, there(next(tame(SIZES, 1))))
-    assert opt.state[params[0]]["step"] == 1
+    opt.param_groups[1]["lr"] = lr.float()
+    opt.step()
+    assert [opt.state[p]["step"] for p in params] == [1, 1]
