@@ -43,12 +43,7 @@ def sgd_apply(c, x):
     return Element(x.p - c.lr * tl.where(c.nesterov != 0, x.g + c.nesterov * m, m), x.g, m, x.v)
 
 
-sgd = Rule(
-    sgd_start,
-    sgd_apply,
-    Sweep(P | G | M, P | M),
-    scalars="coupled momentum take lr nesterov",
-)
+sgd = Rule(sgd_start, sgd_apply, scalars="coupled momentum take lr nesterov", second=Sweep(P | G | M, P | M))
 
 
 @triton.jit
@@ -61,7 +56,7 @@ def sgd_plain_apply(c, x):
     return Element(x.p - c.lr * x.g, x.g, x.m, x.v)
 
 
-sgd_plain = Rule(sgd_plain_start, sgd_plain_apply, Sweep(P | G, P), scalars="coupled lr")
+sgd_plain = Rule(sgd_plain_start, sgd_plain_apply, scalars="coupled lr", second=Sweep(P | G, P))
 
 # Adam (arXiv 1412.6980, Algorithm 1) and, with decoupled decay, AdamW (arXiv 1711.05101).
 
@@ -101,12 +96,9 @@ def adam_apply(c, x):
 
 
 adam = Rule(
-    adam_start,
-    adam_apply,
-    Sweep(P | G | M | V, P | M | V),
-    scalars="coupled c1 c2 ic2 eps step decay",
-    moments=adam_moments,
-)
+    adam_start, adam_apply, scalars="coupled c1 c2 ic2 eps step decay", moments=adam_moments,
+    second=Sweep(P | G | M | V, P | M | V),
+)  # fmt: skip
 
 # AdaBelief (arXiv 2010.07468; author code adabelief-pytorch 0.2): eps accumulates in the state.
 
@@ -150,12 +142,9 @@ def adabelief_apply(c, x):
 
 
 adabelief = Rule(
-    adabelief_start,
-    adabelief_apply,
-    Sweep(P | G | M | V, P | M | V),
-    scalars="coupled c1 c2 ic2 eps step decay plain",
-    moments=adabelief_moments,
-)
+    adabelief_start, adabelief_apply, scalars="coupled c1 c2 ic2 eps step decay plain", moments=adabelief_moments,
+    second=Sweep(P | G | M | V, P | M | V),
+)  # fmt: skip
 
 # AdaM3 (= AdaMomentum, arXiv 2106.11514; author code): the second moment is of m, eps lives inside it.
 
@@ -172,12 +161,9 @@ def adam3_apply(c, x):
 
 
 adam3 = Rule(
-    adam_start,
-    adam3_apply,
-    Sweep(P | G | M | V, P | M | V),
-    scalars="coupled c1 c2 ic2 eps step decay",
-    moments=adam3_moments,
-)
+    adam_start, adam3_apply, scalars="coupled c1 c2 ic2 eps step decay", moments=adam3_moments,
+    second=Sweep(P | G | M | V, P | M | V),
+)  # fmt: skip
 
 # LARS (arXiv 1708.03888, Algorithm 1); lr_in_momentum is the paper's and MLPerf's placement of lr.
 
@@ -217,17 +203,9 @@ def lars_apply(c, x):
 
 
 lars = Rule(
-    lars_start,
-    lars_apply,
-    Sweep(P | G | M, P | M),
-    scalars="momentum weight_decay nesterov step",
-    stats=lars_stats,
-    finish=lars_finish,
-    first=Sweep(P | G, 0),
-    finished="take",
-    sums=2,
-    reports=3,
-)
+    lars_start, lars_apply, scalars="momentum weight_decay nesterov step", finished="take", stats=lars_stats,
+    finish=lars_finish, first=Sweep(P | G, 0), second=Sweep(P | G | M, P | M), sums=2, reports=3,
+)  # fmt: skip
 
 # LAMB (arXiv 1904.00962 v5, Algorithm 2) and LAMBC (arXiv 2011.13584: the ratio bounded from above).
 
@@ -278,18 +256,10 @@ def lamb_apply(c, x):
 
 
 lamb = Rule(
-    lamb_start,
-    lamb_apply,
-    Sweep(P | M | V, P),
-    scalars="c1 take c2 ic1 ic2 eps weight_decay",
-    moments=lamb_moments,
-    stats=lamb_stats,
-    finish=lamb_finish,
-    first=Sweep(P | G | M | V, M | V),
-    finished="step",
-    sums=2,
+    lamb_start, lamb_apply, scalars="c1 take c2 ic1 ic2 eps weight_decay", finished="step", moments=lamb_moments,
+    stats=lamb_stats, finish=lamb_finish, first=Sweep(P | G | M | V, M | V), second=Sweep(P | M | V, P), sums=2,
     reports=3,
-)
+)  # fmt: skip
 
 # NovoGrad (arXiv 1905.11286, Algorithm 1): one second moment per layer.
 
@@ -322,17 +292,9 @@ def novograd_apply(c, x):
 
 
 novograd = Rule(
-    novograd_start,
-    novograd_apply,
-    Sweep(P | G | M, P | M),
-    scalars="beta1 lr",
-    stats=novograd_stats,
-    finish=novograd_finish,
-    first=Sweep(G, 0),
-    finished="take weight_decay",
-    sums=1,
-    reports=2,
-)
+    novograd_start, novograd_apply, scalars="beta1 lr", finished="take weight_decay", stats=novograd_stats,
+    finish=novograd_finish, first=Sweep(G, 0), second=Sweep(P | G | M, P | M), sums=1, reports=2,
+)  # fmt: skip
 
 # Aida (arXiv 2203.13273; author code): K mutual projections of each layer's gradient and momentum.
 
@@ -371,18 +333,10 @@ def aida_apply(c, x):
 
 
 aida = Rule(
-    adam_start,
-    aida_apply,
-    Sweep(P | G | M | V, P | V),
-    scalars="coupled c1 c2 ic2 eps step decay",
-    moments=first_moment,
-    stats=aida_stats,
-    finish=aida_finish,
-    first=Sweep(G | M, M),
-    finished="a b",
-    sums=3,
+    adam_start, aida_apply, scalars="coupled c1 c2 ic2 eps step decay", finished="a b", moments=first_moment,
+    stats=aida_stats, finish=aida_finish, first=Sweep(G | M, M), second=Sweep(P | G | M | V, P | V), sums=3,
     reports=3,
-)
+)  # fmt: skip
 
 # LAdam and LAdaBelief, pre-processing (arXiv 2203.13273 v1-v3, author code): one second moment per layer.
 
@@ -412,18 +366,9 @@ def ladam_apply(c, x):
 
 
 ladam_pre = Rule(
-    ladam_pre_start,
-    ladam_apply,
-    Sweep(P | M, P),
-    scalars="coupled c1 belief decay",
-    moments=first_moment,
-    stats=ladam_pre_stats,
-    finish=ladam_pre_finish,
-    first=Sweep(G | M, M),
-    finished="step",
-    sums=1,
-    reports=1,
-)
+    ladam_pre_start, ladam_apply, scalars="coupled c1 belief decay", finished="step", moments=first_moment,
+    stats=ladam_pre_stats, finish=ladam_pre_finish, first=Sweep(G | M, M), second=Sweep(P | M, P), sums=1, reports=1,
+)  # fmt: skip
 
 # LAdam and LAdaBelief, post-processing [ours: the abstract of arXiv 2203.13273 v1 only names it]: the elementwise
 # second moment is kept and its root averaged over the layer when it is used.
@@ -462,18 +407,10 @@ def ladam_post_finish(h, layer):
 
 
 ladam_post = Rule(
-    ladam_post_start,
-    ladam_apply,
-    Sweep(P | M, P),
-    scalars="coupled c1 c2 belief inner_eps decay",
-    moments=ladam_post_moments,
-    stats=ladam_post_stats,
-    finish=ladam_post_finish,
-    first=Sweep(G | M | V, M | V),
-    finished="step",
-    sums=1,
-    reports=1,
-)
+    ladam_post_start, ladam_apply, scalars="coupled c1 c2 belief inner_eps decay", finished="step",
+    moments=ladam_post_moments, stats=ladam_post_stats, finish=ladam_post_finish, first=Sweep(G | M | V, M | V),
+    second=Sweep(P | M, P), sums=1, reports=1,
+)  # fmt: skip
 
 # SET-Adam (arXiv 2302.01029): down-scaling, eps-embedding and down-translating of v at use; v itself stays Adam's.
 
@@ -517,19 +454,10 @@ def setadam_apply(c, x):
 
 
 setadam = Rule(
-    setadam_start,
-    setadam_apply,
-    Sweep(P | M | V, P),
-    scalars="coupled c1 c2 eps step decay",
-    moments=adam_moments,
-    stats=setadam_stats,
-    finish=setadam_finish,
-    first=Sweep(G | M | V, M | V),
-    finished="scale shift",
-    sums=2,
-    minima=1,
-    reports=2,
-)
+    setadam_start, setadam_apply, scalars="coupled c1 c2 eps step decay", finished="scale shift",
+    moments=adam_moments, stats=setadam_stats, finish=setadam_finish, first=Sweep(G | M | V, M | V),
+    second=Sweep(P | M | V, P), sums=2, minima=1, reports=2,
+)  # fmt: skip
 
 # AdamNorm and AdaBeliefNorm (AdaNorm, arXiv 2210.06364; author code): a gradient shorter than its running norm is
 # lengthened to it before it enters m.
@@ -575,14 +503,7 @@ def adanorm_apply(c, x):
 
 
 adanorm = Rule(
-    adanorm_start,
-    adanorm_apply,
-    Sweep(P | G | M | V, P | M | V),
-    scalars="coupled c1 c2 ic2 eps step decay belief",
-    stats=adanorm_stats,
-    finish=adanorm_finish,
-    first=Sweep(G, 0),
-    finished="reach unit",
-    sums=1,
+    adanorm_start, adanorm_apply, scalars="coupled c1 c2 ic2 eps step decay belief", finished="reach unit",
+    stats=adanorm_stats, finish=adanorm_finish, first=Sweep(G, 0), second=Sweep(P | G | M | V, P | M | V), sums=1,
     reports=3,
-)
+)  # fmt: skip
