@@ -1,17 +1,19 @@
 """The Triton engine and its rules; `Rule` and the words around it are what a rule of one's own is written in.
 
-Tested with Triton 3.6 to 3.9. With TRITON_INTERPRET=1 in the environment before the first import the kernels run in
-Triton's interpreter, on CPU tensors too: slow, for tests.
+Compiled and interpreted with Triton 3.6 to 3.9. With TRITON_INTERPRET=1 in the environment before the first import the
+kernels run in Triton's interpreter, on CPU tensors too: slow, for tests.
 """
+
+GET = "torch >= 2.10 for CUDA brings it along, without it pip install 'triton>=3.6,<3.10'"
 
 try:
     import triton
 except ImportError as error:
-    raise ImportError("Triton is not installed: pip install 'triton>=3.6'") from error
+    raise ImportError(f"Triton is not installed: {GET}") from error
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 if VERSION < (3, 6):
-    raise ImportError(f"Triton {triton.__version__} is too old, 3.6 or newer is needed: pip install -U triton")
+    raise ImportError(f"Triton {triton.__version__} is too old, 3.6 or newer is needed: {GET}")
 
 from . import engine, rules, tables  # noqa: E402
 from .rule import (  # noqa: E402

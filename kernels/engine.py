@@ -15,7 +15,8 @@ from .sums import LANES, added, combined, keep_stats, no_sums, with_sums
 from .tables import WHOLE, chunk_of, item_of, layer_of, row_of, scale_of, small, tile_of, time_of
 
 REDUCE, APPLY = tl.constexpr(1), tl.constexpr(2)  # kinds of items, as in csrc/plan.h
-TICKET, LEFT, NORMS, NORM_READY, ARRIVED = (tl.constexpr(k) for k in range(5))  # a layer's ARRIVED, READY come in turn
+# Counters, each in a cache line of its own, for who polls one drops it; then of each layer ARRIVED and READY in turn.
+TICKET, LEFT, NORMS, NORM_READY, ARRIVED = (tl.constexpr(32 * k) for k in range(5))
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def reduce_chunk(t, item, started, factor, spec: tl.constexpr):
         sums = combined(t, layer, chunks, spec)
         keep_stats(t, layer, sums, spec)
         if spec.finishes:
-            finish(t, layer, item.time, sums, True, True, spec)
+            finish(t, layer, item.time, sums, spec, adapt=True, keep=True)
         tl.debug_barrier()
         tl.atomic_xchg(arrived + 1, 1, sem="release")  # publishes scalars, and with them the moments, to `apply`
 
@@ -164,15 +165,11 @@ def apply_chunk(t, item, started, factor, spec: tl.constexpr):
 @triton.jit
 def apply_finished(t, item, started, factor, spec: tl.constexpr):
     """A chunk of a layer that `finish` gave its scalars."""
-    chunk, layer = item.chunk, item.layer
+    layer = item.layer
     if spec.reduces:
         wait(t.work.counters + ARRIVED + 2 * layer.number + 1)  # acquires what the layer's last to arrive published
     c = spec.Finished(*(started + finished_of(t, layer, spec)))
-    scale = scale_of(t, layer, factor, spec)
-    for first in range(0, chunk.count, spec.tile):
-        tile = tile_of(chunk, first, spec)
-        x = prepared(t, read(t, tile, spec, spec.rule.second.reads), c, tile, scale, spec, spec.rule.second.reads)
-        write(t, spec.rule.apply(c, x), tile, spec, spec.rule.second.writes)
+    update(t, item, c, factor, spec, spec.rule.second, moments=False)
 
 
 @triton.jit
@@ -181,25 +178,33 @@ def whole_layer(t, item, started, factor, spec: tl.constexpr):
     tile, layer = tile_of(item.chunk, 0, spec), item.layer
     c = spec.Started(*started)
     scale = scale_of(t, layer, factor, spec)
-    x = read(t, tile, spec, spec.reads)
-    x = spec.rule.moments(c, prepared(t, x, c, tile, scale, spec, spec.reads))
+    x = read(t, tile, spec, spec.both.reads)
+    x = spec.rule.moments(c, prepared(t, x, c, tile, scale, spec, spec.both.reads))
     sums = with_sums(no_sums(spec), c, x, tile, spec)
     keep_stats(t, layer, sums, spec)
-    c = spec.Finished(*(started + finish(t, layer, item.time, sums, True, True, spec)))
-    write(t, spec.rule.apply(c, x), tile, spec, spec.writes)
+    c = spec.Finished(*(started + finish(t, layer, item.time, sums, spec, adapt=True, keep=True)))
+    write(t, spec.rule.apply(c, x), tile, spec, spec.both.writes)
 
 
 @triton.jit
 def apply_elementwise(t, item, started, factor, spec: tl.constexpr):
     """A chunk of a layer without stats: it has nothing to wait for."""
-    chunk, layer = item.chunk, item.layer
-    finished = finish(t, layer, item.time, (), False, chunk.slot == layer.first, spec)
-    c = spec.Finished(*(started + finished))
-    scale = scale_of(t, layer, factor, spec)
+    first = item.chunk.slot == item.layer.first  # one chunk speaks for the layer
+    c = spec.Finished(*(started + finish(t, item.layer, item.time, (), spec, adapt=False, keep=first)))
+    update(t, item, c, factor, spec, spec.both, moments=True)
+
+
+@triton.jit
+def update(t, item, c, factor, spec: tl.constexpr, sweep: tl.constexpr, moments: tl.constexpr):
+    """The update of a chunk; with its moments where no sweep came before."""
+    chunk = item.chunk
+    scale = scale_of(t, item.layer, factor, spec)
     for first in range(0, chunk.count, spec.tile):
         tile = tile_of(chunk, first, spec)
-        x = prepared(t, read(t, tile, spec, spec.reads), c, tile, scale, spec, spec.reads)
-        write(t, spec.rule.apply(c, spec.rule.moments(c, x)), tile, spec, spec.writes)
+        x = prepared(t, read(t, tile, spec, sweep.reads), c, tile, scale, spec, sweep.reads)
+        if moments:
+            x = spec.rule.moments(c, x)
+        write(t, spec.rule.apply(c, x), tile, spec, sweep.writes)
 
 
 @triton.jit
@@ -214,7 +219,7 @@ def finish_all(t, spec: tl.constexpr):
                 sums = ()
                 for k in tl.static_range(tl.constexpr(spec.terms)):
                     sums = sums + (tl.load(t.kept.stats + layer.number * spec.terms + k),)
-                finish(t, layer, time_of(t, chunk_of(t, layer.first)), sums, True, True, spec)
+                finish(t, layer, time_of(t, chunk_of(t, layer.first)), sums, spec, adapt=True, keep=True)
             number += tl.num_programs(0)
 
 
@@ -229,7 +234,7 @@ def leave(t, spec: tl.constexpr):
             if happens:
                 advance(t)
             else:
-                tl.store(t.kept.skipped, tl.load(t.kept.skipped) + 1)
+                tl.atomic_add(t.kept.skipped, 1, sem="relaxed")  # of one thread; nobody else counts
         counters = small(t.plan.sizes + 4)
         for first in range(0, counters, LANES):
             slots = first + tl.arange(0, LANES)
@@ -247,7 +252,7 @@ def advance(t):
 
 
 @triton.jit
-def finish(t, layer, time, sums, adapt: tl.constexpr, keep, spec: tl.constexpr):
+def finish(t, layer, time, sums, spec: tl.constexpr, adapt: tl.constexpr, keep):
     """The layer's scalars; they, the report and the layer's state are kept if a tensor of it has a gradient."""
     elements = tl.load(t.given.elements + layer.number)
     state = double(0.0)
@@ -261,6 +266,7 @@ def finish(t, layer, time, sums, adapt: tl.constexpr, keep, spec: tl.constexpr):
         for k in tl.static_range(tl.constexpr(spec.rule.reports)):
             tl.store(t.kept.report + layer.number * spec.rule.reports + k, report[k])
         if spec.stateful and adapt:
+            tl.debug_barrier()  # every thread has read the state before one of them writes it
             for k in range(layer.states):  # alike in every member of the layer
                 tl.store(t.kept.state + layer.state + k, state)
     return finished

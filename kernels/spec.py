@@ -4,12 +4,12 @@ from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property
 
-from .rule import Rule
+from .rule import Rule, Sweep
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spec:
-    """What a kernel is compiled for. One object per variant: Triton tells variants apart by identity.
+    """What a kernel is compiled for. Triton tells variants apart by `repr` in a process and `cache_key` on disk.
 
     Attributes:
         rule: whose mathematics.
@@ -51,13 +51,10 @@ class Spec:
         return len(self.hyper)
 
     @property
-    def reads(self) -> int:
-        """Operands of both sweeps in one."""
-        return self.rule.first.reads | self.rule.second.reads
-
-    @property
-    def writes(self) -> int:
-        return self.rule.first.writes | self.rule.second.writes
+    def both(self) -> Sweep:
+        """Both sweeps in one."""
+        first, second = self.rule.first, self.rule.second
+        return Sweep(first.reads | second.reads, first.writes | second.writes)
 
     @property
     def terms(self) -> int:
@@ -85,8 +82,11 @@ class Spec:
 
     @cached_property
     def cache_key(self) -> str:
-        """What Triton's cache on disk knows the variant by: it does not see functions inside of a tuple."""
+        """All that the code depends on, the source of the rule's functions too: Triton looks into no tuple for them."""
         functions = [part for part in self.rule if hasattr(part, "cache_key")]
         data = [part for part in self.rule if part not in functions]
         rest = (data, self.hyper, self.storage, self.tile, self.phases, self.clip, self.live, self.stateful, self.mixed)
         return " ".join([*(function.cache_key for function in functions), repr(rest)])
+
+    def __repr__(self) -> str:
+        return self.cache_key

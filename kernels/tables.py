@@ -43,7 +43,7 @@ class Kept(NamedTuple):
 class Work(NamedTuple):
     """What lives for a launch. Counters are zero between launches."""
 
-    counters: tl.tensor  # int32: as named below
+    counters: tl.tensor  # int32: as named in engine.py
     partials: tl.tensor  # float64 [1 + terms, chunks]: of the norm, then of the stats
     finished: tl.tensor  # float32 [layers, finished]
 

@@ -63,6 +63,9 @@ class Launch:
         self.kinds |= 1 << STORAGE[wanted]
         return g
 
+    def prepare(self, phases: int, rows: list, max_norm: float) -> None:
+        """Does what could fail, so that several launches are not left half done by the second's failure."""
+
     def written(self) -> list:
         """The parameters that a step writes: raw writes are unseen by autograd unless their versions are counted."""
         params = self.table.params

@@ -39,7 +39,7 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: let autograd see the step (reference engine).
         max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
-        backend: "auto", "cpu" or "reference"; `engines` tells what serves.
+        backend: "auto", "cpu", "triton" or "reference"; `engines` tells what serves.
         foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
 
     Raises:
@@ -206,6 +206,9 @@ class Optimizer(torch.optim.Optimizer):
         if max_norm:
             check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
         phases = self._norm_phase(launches, rows, max_norm, grad_norm)
+        if len(launches) > 1:
+            for launch, own in zip(launches, rows, strict=True):
+                launch.prepare(phases, own, max_norm)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             skipped = self.skipped_steps  # all launches skip together, and the first counts it
             for launch, own in zip(launches, rows, strict=True):

@@ -36,6 +36,9 @@ class ReferenceLaunch:
         self.moved = True
         return self._look() == self._layouts
 
+    def prepare(self, phases: int, rows: list, max_norm: float) -> None:
+        pass
+
     def workspace_bytes(self) -> int:
         return self.table.report.nbytes + self.norm.nbytes
 

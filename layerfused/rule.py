@@ -1,7 +1,7 @@
 """A rule: what the engines need to know of one optimizer's mathematics."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rule:
     report: tuple[str, ...] = ()
     layerwise: bool = True
     needs_adapt: bool = False
-    triton: object = field(default=None, compare=False)
+    triton: object = None
 
     def __post_init__(self):
         if len(self.states) > 2:

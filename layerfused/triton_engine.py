@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from .forms import triton_form
-from .kernels import Spec, engine, tables
+from .kernels import INTERPRETED, Spec, engine, tables
 from .launch import STORAGE, Launch
 from .plan import Phase, make_plan
 from .table import Table, state_dtype
@@ -43,6 +43,7 @@ class TritonLaunch(Launch):
         self.stats = self._zeros(len(table.layers), self._form.sums + self._form.minima)
         self.norm = self._zeros()
         self._unheeded = torch.zeros((), dtype=torch.int64, device=self.device)  # skips that another launch counts
+        self._compiled = set()
         self._make_plan()
         self._make_given()
         self._outputs = self._look()
@@ -127,16 +128,7 @@ class TritonLaunch(Launch):
             phases = Phase.APPLY
         live = self._send(rows, max_norm)
         here = skipped is not None and skipped.device == self.device
-        kept = (self.table.step, self.table.scalars, self.stats, self.table.report, self.norm)
-        table = tables.Table(
-            self._plan, self._given, tables.Kept(*kept, skipped if here else self._unheeded), self._work
-        )
-        storage = (self._storage[0], self._gradients, *self._storage[1:])
-        rule, mixed = self.table.rule, not all(spec.stats for spec in self.table.layers)
-        spec = spec_of(
-            self._form, rule.hyper, storage, TILE, phases, max_norm > 0, live, bool(rule.scalar), mixed
-        )
-        self._launch(table, spec)
+        self._launch(self._table(skipped if here else self._unheeded), self._spec(phases, max_norm > 0, live))
         if skipped is not None and not here and phases & Phase.APPLY and max_norm > 0:
             skipped += (~self.norm.isfinite()).to(skipped.device)
         if phases & Phase.APPLY:  # until then another phase may read them
@@ -144,14 +136,35 @@ class TritonLaunch(Launch):
             self._reader.release()
         return True
 
-    def _launch(self, table, spec) -> None:
+    def prepare(self, phases: int, rows: list, max_norm: float) -> None:
+        """As `Launch.prepare`: what the host says is sent, and what is not yet compiled, is."""
+        spec = self._spec(phases, max_norm > 0, self._send(rows, max_norm))
+        if not INTERPRETED and spec not in self._compiled:
+            with self._on_device():
+                engine.run.warmup(self._table(self._unheeded), spec, grid=(1,), **options())
+            self._compiled.add(spec)
+
+    def _table(self, skipped: torch.Tensor) -> tables.Table:
+        table = self.table
+        kept = tables.Kept(table.step, table.scalars, self.stats, table.report, self.norm, skipped)
+        return tables.Table(self._plan, self._given, kept, self._work)
+
+    def _spec(self, phases: int, clip: bool, live: bool) -> Spec:
+        storage, rule = (self._storage[0], self._gradients, *self._storage[1:]), self.table.rule
+        mixed = not all(spec.stats for spec in self.table.layers)
+        return spec_of(self._form, rule.hyper, storage, TILE, phases, clip, live, bool(rule.scalar), mixed)
+
+    def _launch(self, table: tables.Table, spec: Spec) -> None:
         grid = (min(self._items, programs(self.device)),)
         try:
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            with self._on_device():
                 engine.run[grid](table, spec, **options())
         except BaseException:
             self._work.counters.zero_()
             raise
+
+    def _on_device(self):
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _send(self, rows: list, max_norm: float) -> bool:
         """Brings what the host says to the device if it has changed; whether some value lives there already."""
@@ -172,13 +185,14 @@ class TritonLaunch(Launch):
         if self.device.type != "cuda":
             self._device.copy_(self._host_tensor)
             return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "addresses or hyper-parameters changed since the last step, which a CUDA graph cannot capture: take "
-                "one step with these gradients and groups before the capture"
-            )
-        # torch keeps the pinned copy until the device has read it
-        self._device.copy_(self._host_tensor.pin_memory(), non_blocking=True)
+        with self._on_device():
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "addresses or hyper-parameters changed since the last step, which a CUDA graph cannot capture: "
+                    "take one step with these gradients and groups before the capture"
+                )
+            # torch keeps the pinned copy until the device has read it
+            self._device.copy_(self._host_tensor.pin_memory(), non_blocking=True)
 
     def workspace_bytes(self) -> int:
         tensors = (*self._plan, *self._work, self._device, self.stats, self.table.report, self.norm)
@@ -192,7 +206,7 @@ def place_of(value: torch.Tensor) -> int:
 
 @cache
 def spec_of(*fields) -> Spec:
-    """One object per variant: by it Triton finds what it has compiled."""
+    """One object per variant: its key is long to make."""
     return Spec(*fields)
 
 

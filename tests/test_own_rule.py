@@ -49,7 +49,7 @@ def test_other_engines_say_what_is_missing(rule):
     bare = rule["lf"].Rule(**{**vars(rule["TrustLion"].rule), "triton": None})
     bare_class = type("Bare", (rule["TrustLion"],), {"rule": bare})
     with pytest.raises(ValueError, match=r"rule 'trust_lion' has no Triton form: give its Rule one \(triton=\)"):
-        bare_class(there(parameters(starts((3,)))), backend="triton")
+        bare_class(parameters(there(starts((3,)))), backend="triton")
 
 
 def test_the_example_runs():

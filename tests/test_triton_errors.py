@@ -47,11 +47,11 @@ print(served, *(w.message for w in caught))
     return done.stdout.splitlines()
 
 
+GET = "torch >= 2.10 for CUDA brings it along, without it pip install 'triton>=3.6,<3.10'"
 MISSING = {  # what stands in for Triton -> words of the message
-    'sys.modules["triton"] = None': "Triton is not installed: pip install 'triton>=3.6'",
-    'import triton; triton.__version__ = "3.5.1"':
-        "Triton 3.5.1 is too old, 3.6 or newer is needed: pip install -U triton",
-}  # fmt: skip
+    'sys.modules["triton"] = None': f"Triton is not installed: {GET}",
+    'import triton; triton.__version__ = "3.5.1"': f"Triton 3.5.1 is too old, 3.6 or newer is needed: {GET}",
+}
 
 
 @pytest.mark.parametrize("prelude, words", MISSING.items(), ids=["none", "old"])
@@ -148,10 +148,10 @@ def fail_in(monkeypatch, where, left):
     """Lets a function of the kernel raise the next time it is called after `left` calls that succeed."""
     calls = iter(range(left, -1, -1))
 
-    def fail(*arguments):
+    def fail(*arguments, **named):
         if next(calls) == 0:
             raise Failure(where)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     original = exchange(monkeypatch, where, fail)
 

@@ -5,6 +5,8 @@ import torch
 from engines import ONE_PER_RULE, make, parameters, same_bits, starts, step, tame
 from triton_cases import DEVICE, MARKS, Twins, counters, plans, there, train, written
 
+from layerfused import triton_engine
+
 pytestmark = MARKS
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
 SIZES = (1, 17, 300)
@@ -204,3 +206,24 @@ def test_lr_of_a_type_that_the_kernel_does_not_read(dtype):
     opt.param_groups[1]["lr"] = lr.float()
     opt.step()
     assert [opt.state[p]["step"] for p in params] == [1, 1]
+
+
+def test_the_second_of_two_launches_that_cannot_be_made(monkeypatch):
+    """It is found before the first has written anything."""
+    values = starts((5, 300))
+    params = parameters(there([values[0], values[1].bfloat16()]))
+    opt = make("lamb", params, backend="triton", max_grad_norm=1.0)
+    step(opt, params, there(next(tame((5, 300), 1))[:1]) + [torch.ones_like(params[1])])
+    before, upload = written(opt), triton_engine.TritonLaunch._upload
+
+    def refused(self):
+        if self is opt._launches[1]:
+            raise RuntimeError("no memory")
+        upload(self)
+
+    opt.param_groups[0]["lr"] *= 2
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(triton_engine.TritonLaunch, "_upload", refused)
+        opt.defaults["max_grad_norm"] = None  # a global norm would have sent it before
+        opt.step()
+    same_bits(written(opt), before)

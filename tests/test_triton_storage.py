@@ -95,7 +95,7 @@ def test_bits_of_pairs_of_types(name, monkeypatch):
 def test_bits_of_every_mixture(name, monkeypatch):
     plans(monkeypatch)
     for mixture in product(TYPES, repeat=4):
-        same_with(name, mixture, 4)
+        same_with(name, mixture, 2)
 
 
 GRADIENTS = {  # types of three gradients -> what the kernel reads them as

@@ -29,6 +29,9 @@ class OneOfMany(triton_engine.TritonLaunch):
         self.moved = self.absent = 0
         return True
 
+    def prepare(self, *_):
+        pass
+
     def run(self, phases, rows, max_norm, skipped=None):
         self.ran.append((self, phases))
         return True

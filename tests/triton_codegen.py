@@ -28,6 +28,7 @@ from layerfused.kernels import engine, tables
 BF16 = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
 WITH_P32 = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
+EXAMPLE = Path(__file__).parent.parent / "examples" / "trust_lion.py"
 STEP, WITHOUT_NORM, PIECES = 15, 14, (1, 2, 4, 6, 8)
 
 
@@ -86,21 +87,35 @@ def resources(kernel):
 
 def nvidia(kernel):
     text = kernel.asm["ptx"]
-    words = re.findall(r"^\s*(?:@!?%p\d+ )?((?:ld|st|atom|fence|div|sqrt|fma|mul|add|sub|bar)\.[\w.:]+)", text, re.M)
-    return {**resources(kernel), "words": Counter(words), "flushes": text.count(".ftz"), "unguarded": unguarded(words)}
+    pattern = r"^\s*(?:@!?%p\d+ )?((?:ld|st|atom|fence|div|sqrt|fma|mul|add|sub|bar)\.[\w.:]+)\s*([^;]*)"
+    found = re.findall(pattern, text, re.M)
+    words = Counter(word for word, _ in found)
+    return {**resources(kernel), "words": words, "flushes": text.count(".ftz"), "hazards": hazards(found)}
 
 
-def unguarded(words):
-    """Releases that no barrier separates from a store before them: one thread would speak for stores of others."""
-    found, open_stores = 0, False
-    for word in words:
-        if word.startswith("st.global"):
-            open_stores = True
-        elif word.startswith("bar"):
-            open_stores = False
+def hazards(lines):
+    """What a barrier should stand between, and does not, in the order of the text.
+
+    release: stores of many threads, and one thread's release that speaks for them;
+    acquire: one thread's acquire, and loads of many that rely on it;
+    state: loads by all threads of a layer's float64 state, and the store of one that overwrites it.
+    """
+    found, stored, acquired, loaded = Counter(), False, False, set()
+    for word, operands in lines:
+        place = "".join(re.findall(r"\[(.*?)\]", operands))
+        weak = "acquire" not in word and "acq_rel" not in word
+        if word.startswith("bar"):
+            stored, acquired, loaded = False, False, set()
         elif word.startswith("atom") and ("release" in word or "acq_rel" in word):
-            found += open_stores
-    return found
+            found["release"] += stored
+        elif word.startswith("st.global"):
+            stored = True
+            found["state"] += word.endswith("b64") and place in loaded
+        elif word.startswith("ld.global") and weak:
+            found["acquire"] += acquired
+            loaded.add(place)
+        acquired |= not weak
+    return {kind: count for kind, count in found.items() if count}
 
 
 def amd(kernel):
@@ -179,10 +194,20 @@ def launches():
     params += opt.param_groups[-1]["params"]
     sizes = (*sizes, 77)
     take("one more group")
-    lion = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "trust_lion.py"))["TrustLion"]
+    lion = runpy.run_path(str(EXAMPLE))["TrustLion"]
     opt = lion(params, backend="triton")
     take("a rule of one's own")
+    opt = edited_lion()(params, backend="triton")
+    take("another rule whose functions have the same names")
     print(json.dumps(lines))
+
+
+def edited_lion():
+    """The example with another sign, as a notebook's cell that was edited and run again; names stay the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / EXAMPLE.name
+        path.write_text(EXAMPLE.read_text().replace("x.p - c.step", "x.p + c.step"))
+        return runpy.run_path(str(path))["TrustLion"]
 
 
 def compilations():
