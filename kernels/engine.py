@@ -32,15 +32,13 @@ def run(t, spec: tl.constexpr):
 @triton.jit
 def run_items(t, spec: tl.constexpr):
     items, norms = small(t.plan.sizes), small(t.plan.sizes + 1)
-    ticket = claim(t)
+    ticket = claim(t, norms, spec)
     if spec.norms:
         while ticket < norms:
             norm_chunk(t, ticket, norms, spec)
-            ticket = claim(t)
+            ticket = claim(t, norms, spec)
         if not spec.only_norms:
             wait(t.work.counters + NORM_READY)  # acquires the norm
-    else:
-        ticket += norms
     if not spec.only_norms:
         factor, happens = clip(t, spec)
         group, time, started = nobody(spec)
@@ -50,14 +48,16 @@ def run_items(t, spec: tl.constexpr):
                 group, time = item.layer.group, item.time
                 started = spec.rule.start(row_of(t, group, spec), time)
             run_item(t, item, started, factor, spec)
-            ticket = claim(t)
-            if not spec.norms:
-                ticket += norms
+            ticket = claim(t, norms, spec)
 
 
 @triton.jit
-def claim(t):
-    return tl.atomic_add(t.work.counters + TICKET, 1, sem="relaxed")  # orders nothing: flags do
+def claim(t, norms, spec: tl.constexpr):
+    """The next item; the norm's, which come first, are passed over where this launch has not that phase."""
+    ticket = tl.atomic_add(t.work.counters + TICKET, 1, sem="relaxed")  # orders nothing: flags do
+    if not spec.norms:
+        ticket += norms
+    return ticket
 
 
 @triton.jit

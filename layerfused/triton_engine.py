@@ -16,7 +16,7 @@ from .table import Table, state_dtype
 
 TILE = 1024  # elements in registers at once, a power of 2; a layer of up to so many is read once and written once
 CHUNK = 4 * TILE  # what an item costs beside its elements (ticket, rows, fence) is paid once for four tiles
-AHEAD = 1 << 20  # elements: half of what the programs have in flight, so that an apply rarely waits
+AHEAD = 1 << 21  # elements: what 4 programs on each of 132 multiprocessors have in flight, so an apply rarely waits
 WARPS = 4
 PROGRAMS = 4  # on each multiprocessor: what 128 registers a thread allow
 REGISTERS = 128  # without a bound ptxas aims lower and spills
