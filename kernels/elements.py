@@ -66,23 +66,32 @@ def has_vectors(at, count):
 
 
 @triton.jit
-def load(at, count, storage: tl.constexpr, CHUNK: tl.constexpr):
+def load(at, count, storage: tl.constexpr, TILE: tl.constexpr):
     """`count` elements from address `at` on, as float32; zeros behind them."""
-    offsets = tl.arange(0, CHUNK)
-    x = tl.zeros([CHUNK], storage)
+    if storage == tl.bfloat16:  # its bits are float32's upper half; Triton's interpreter errs where it is subnormal
+        x = (fetch(at, count, tl.uint16, TILE).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = fetch(at, count, storage, TILE).to(tl.float32)
+    return x
+
+
+@triton.jit
+def fetch(at, count, storage: tl.constexpr, TILE: tl.constexpr):
+    offsets = tl.arange(0, TILE)
+    x = tl.zeros([TILE], storage)
     if has_vectors(at, count):  # `// 8 * 8` tells the compiler that a vector shares one predicate
         start = tl.multiple_of(at.to(tl.pointer_type(storage)), 16)
         x = tl.load(start + offsets, mask=offsets < count // 8 * 8, other=0)
     else:
         start = at.to(tl.pointer_type(storage))
         x = tl.load(start + offsets, mask=offsets < count, other=0)
-    return x.to(tl.float32)
+    return x
 
 
 @triton.jit
-def store(at, x, count, storage: tl.constexpr, CHUNK: tl.constexpr):
+def store(at, x, count, storage: tl.constexpr, TILE: tl.constexpr):
     """The first `count` elements of a float32 tile to address `at`."""
-    offsets = tl.arange(0, CHUNK)
+    offsets = tl.arange(0, TILE)
     bits = rounded(x, storage)
     if has_vectors(at, count):
         start = tl.multiple_of(at.to(tl.pointer_type(bits.dtype)), 16)
