@@ -248,7 +248,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _value(self, group: dict, key: str, device: torch.device | None):
         """One number of a group's row; a tensor stays one where autograd, or the kernel on `device`, is to see it."""
-        value = HALVES[key](group) if key in HALVES else getattr(self, key) if hasattr(type(self), key) else group[key]
+        if key in HALVES:
+            value = HALVES[key](group)
+        else:
+            value = group[key] if key in group else getattr(self, key)
         if isinstance(value, torch.Tensor) and not group["differentiable"] and value.device != device:
             check_range(key, value, *RANGES.get(key, ANY))
             return float(value)

@@ -43,6 +43,7 @@ class TritonLaunch(Launch):
         self.stats = self._zeros(len(table.layers), self._form.sums + self._form.minima)
         self.norm = self._zeros()
         self._unheeded = torch.zeros((), dtype=torch.int64, device=self.device)  # skips that another launch counts
+        self._mixed = not all(spec.stats for spec in table.layers)
         self._compiled = set()
         self._make_plan()
         self._make_given()
@@ -151,8 +152,7 @@ class TritonLaunch(Launch):
 
     def _spec(self, phases: int, clip: bool, live: bool) -> Spec:
         storage, rule = (self._storage[0], self._gradients, *self._storage[1:]), self.table.rule
-        mixed = not all(spec.stats for spec in self.table.layers)
-        return spec_of(self._form, rule.hyper, storage, TILE, phases, clip, live, bool(rule.scalar), mixed)
+        return spec_of(self._form, rule.hyper, storage, TILE, phases, clip, live, bool(rule.scalar), self._mixed)
 
     def _launch(self, table: tables.Table, spec: Spec) -> None:
         grid = (min(self._items, programs(self.device)),)
