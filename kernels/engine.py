@@ -169,7 +169,7 @@ def apply_finished(t, item, started, factor, spec: tl.constexpr):
     if spec.reduces:
         wait(t.work.counters + ARRIVED + 2 * layer.number + 1)  # acquires what the layer's last to arrive published
     c = spec.Finished(*(started + finished_of(t, layer, spec)))
-    update(t, item, c, factor, spec, spec.rule.second, moments=False)
+    update(t, item, c, factor, spec, False, spec.rule.second.reads, spec.rule.second.writes)
 
 
 @triton.jit
@@ -191,20 +191,20 @@ def apply_elementwise(t, item, started, factor, spec: tl.constexpr):
     """A chunk of a layer without stats: it has nothing to wait for."""
     first = item.chunk.slot == item.layer.first  # one chunk speaks for the layer
     c = spec.Finished(*(started + finish(t, item.layer, item.time, (), spec, adapt=False, keep=first)))
-    update(t, item, c, factor, spec, spec.both, moments=True)
+    update(t, item, c, factor, spec, True, spec.both.reads, spec.both.writes)
 
 
 @triton.jit
-def update(t, item, c, factor, spec: tl.constexpr, sweep: tl.constexpr, moments: tl.constexpr):
-    """The update of a chunk; with its moments where no sweep came before."""
+def update(t, item, c, factor, spec: tl.constexpr, first: tl.constexpr, reads: tl.constexpr, writes: tl.constexpr):
+    """The update of a chunk; with its moments where this is its first sweep."""
     chunk = item.chunk
     scale = scale_of(t, item.layer, factor, spec)
-    for first in range(0, chunk.count, spec.tile):
-        tile = tile_of(chunk, first, spec)
-        x = prepared(t, read(t, tile, spec, sweep.reads), c, tile, scale, spec, sweep.reads)
-        if moments:
+    for begin in range(0, chunk.count, spec.tile):
+        tile = tile_of(chunk, begin, spec)
+        x = prepared(t, read(t, tile, spec, reads), c, tile, scale, spec, reads)
+        if first:
             x = spec.rule.moments(c, x)
-        write(t, spec.rule.apply(c, x), tile, spec, sweep.writes)
+        write(t, spec.rule.apply(c, x), tile, spec, writes)
 
 
 @triton.jit
