@@ -1,6 +1,6 @@
-# make demo · make test · make test-all · make test-triton · make bench · make clean
+# make demo · make test · make test-all · make test-triton · make bench · make gpu · make clean
 # Each needs Python >= 3.10 with venv and headers, g++ and make; all else comes into .venv at the versions of
-# constraints.txt. A second call finds the stamps and skips what is done.
+# constraints.txt. A second call finds the stamps and skips what is done. `make gpu` alone uses what is installed.
 PYTHON ?= python3
 RUN := .venv/bin/python
 
@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-triton bench clean
+.PHONY: demo test test-all test-triton bench gpu clean
 
 demo: .venv/.built
 	$(RUN) -m bench.demo
@@ -45,6 +45,12 @@ bench: .venv/.built
 	$(RUN) -m bench step --shapes tiny --optimizers LAMB --against torch.AdamW:fused --json $(RESULTS)-tiny.json
 	$(RUN) -m bench report --markdown $(RESULTS).json $(RESULTS)-clip.json $(RESULTS)-pytorch_optimizer.json \
 	    $(RESULTS)-tiny.json
+
+# Everything a GPU can show, with the torch, Triton and nvcc of this machine's own $(PYTHON): no .venv, no download.
+# Within BUDGET seconds; a second call goes on where the first ended. FOLDER is for results.json and plots.
+BUDGET ?= 540
+gpu:
+	$(PYTHON) -m bench gpu --budget $(BUDGET) $(if $(FOLDER),--folder '$(FOLDER)')
 
 clean:
 	rm -rf build dist *.egg-info .venv/.built .pytest_cache .ruff_cache .hypothesis

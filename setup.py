@@ -2,11 +2,15 @@
 
 One description per extension module says which object files it is made of; ninja does the rest: parallel compilation,
 header dependencies, reuse of what is unchanged. No torch headers are used, so a build neither needs torch nor depends
-on its version. Two environment variables serve the variants that the tests compile (instruction sets, sanitizers):
+on its version. The CUDA engine is built where nvcc is found: under CUDA_HOME, on the PATH, or among Python's packages
+(nvidia-cuda-nvcc). Environment variables:
 
+    LAYERFUSED_CUDA_ARCHS  what the CUDA engine is built for, as "80 90 100" (the default, as far as nvcc knows them;
+                           the last also as PTX, for what comes after), "none" to leave it out
     CXX                  the compiler, default g++
-    LAYERFUSED_CXXFLAGS  appended to every compile and link command; CXXFLAGS is ignored on purpose, because a
-                         distribution's -ffast-math or -ffp-contract would change the bits of a result
+    LAYERFUSED_CXXFLAGS  for the variants that tests compile (instruction sets, sanitizers): appended to every compile
+                         and link command; CXXFLAGS is ignored on purpose, because a distribution's -ffast-math or
+                         -ffp-contract would change the bits of a result
 
     LAYERFUSED_CXXFLAGS=-march=x86-64-v3 python setup.py build_ext --build-lib build/v3
 """
@@ -15,6 +19,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import zlib
 from pathlib import Path
@@ -27,6 +32,7 @@ from setuptools.errors import CompileError
 
 CXX = os.environ.get("CXX") or "g++"
 EXTRA = os.environ.get("LAYERFUSED_CXXFLAGS", "")
+CUDA_ARCHS = os.environ.get("LAYERFUSED_CUDA_ARCHS", "").strip()
 
 # -ffp-contract=off and no -ffast-math, no -march: the bits are the same on every machine; the engine asks for wide
 # vectors itself. Without errno and traps sqrt vectorises, and neither changes a result.
@@ -45,11 +51,17 @@ class Unit(NamedTuple):
 
 
 class Native(Extension):
-    """An extension module as ninja builds it: its units, and the commands that compile and link them."""
+    """An extension module as ninja builds it: its units, and the commands that compile and link them.
 
-    def __init__(self, name: str, units: list[Unit], *, compile: str, link: str):
+    `variant` names a folder of its own for objects that other settings than CXX and LAYERFUSED_CXXFLAGS tell apart.
+    """
+
+    def __init__(self, name: str, units: list[Unit], *, compile: str, link: str, variant: str = ""):
         super().__init__(name, sources=sorted({unit.source for unit in units}))
-        self.units, self.compile, self.link = units, compile, link
+        self.units, self.compile, self.link, self.variant = units, compile, link, variant
+
+    def path(self, folder: Path) -> str:
+        return f"{folder}/{self.name.rpartition('.')[2]}{self.variant}"
 
 
 def cpu_engine() -> Native:
@@ -65,6 +77,57 @@ def cpu_engine() -> Native:
         compile=f"{CXX} {CPU_FLAGS} {EXTRA}",
         link=f"{CXX} -shared -fopenmp {EXTRA}",
     )
+
+
+def cuda_engine(nvcc: str) -> Native:
+    """The kernels are compiled once for every rule and architecture; the static runtime makes the module load anywhere,
+    with or without a GPU. -fmad=false: a contracted a*b+c would have other bits than the CPU's."""
+    archs = architectures(nvcc)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    rules = [
+        Unit(f"rule-{header.stem}", "csrc/cuda/rule.cu", f"{rule_flags(header)} {shlex.join(targets)}")
+        for header in files("csrc/rules/*.h")
+    ]
+    includes = shlex.join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
+    define = shlex.quote(f'-DLAYERFUSED_CUDA_ARCHS="{" ".join(archs)}"')
+    others = [Unit(path.stem, str(path), f"{includes} {define}") for path in files("csrc/cuda/*.cpp")]
+    quiet = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    return Native(
+        "layerfused._cuda",
+        rules + others,
+        compile=f"{shlex.quote(nvcc)} -std=c++17 -O3 -fmad=false {quiet} -Icsrc",
+        link=f"{shlex.quote(nvcc)} -shared -cudart=static",
+        variant=f"-{'-'.join(archs)}",
+    )
+
+
+def architectures(nvcc: str) -> list[str]:
+    """LAYERFUSED_CUDA_ARCHS as nvcc's numbers, in ascending order."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    if said.returncode:
+        raise CompileError(f"{nvcc} --list-gpu-arch failed: {said.stderr.strip()}")
+    known = [line.strip().removeprefix("compute_") for line in said.stdout.split()]
+    asked = [arch.removeprefix("sm_").replace(".", "") for arch in CUDA_ARCHS.replace(",", " ").split()]
+    lacking = [arch for arch in asked if arch not in known]
+    if lacking:
+        raise CompileError(f"LAYERFUSED_CUDA_ARCHS: {nvcc} does not know {lacking[0]!r}, it knows {' '.join(known)}")
+    found = asked or [arch for arch in ("80", "90", "100") if arch in known] or known[-1:]
+    return sorted(found, key=lambda arch: int(arch) if arch.isdigit() else 0)
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler; "" if there is none."""
+    if CUDA_ARCHS == "none":
+        return ""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        if not nvcc.exists():
+            raise CompileError(f"CUDA_HOME={home} has no bin/nvcc: set it to a CUDA toolkit, or unset it")
+        return str(nvcc)
+    packages = (path for folder in sys.path for path in Path(folder).glob("nvidia/*/bin/nvcc"))
+    return shutil.which("nvcc") or str(next(packages, ""))
 
 
 def rule_flags(header: Path) -> str:
@@ -88,10 +151,10 @@ def ninja_file(extensions: list[Native], folder: Path) -> str:
             f"rule link{short}",
             f"  command = {escape(ext.link)} $in -o $out",
         ]
-        objects = {f"{folder}/{short}/{unit.name}.o": unit for unit in ext.units}
+        objects = {f"{ext.path(folder)}/{unit.name}.o": unit for unit in ext.units}
         for path, unit in objects.items():
             lines += [f"build {path}: compile{short} {unit.source}", f"  own = {escape(unit.flags)}"]
-        lines += [f"build {folder}/{ext.name}.so: link{short} {' '.join(objects)}"]
+        lines += [f"build {ext.path(folder)}.so: link{short} {' '.join(objects)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -137,12 +200,12 @@ class NinjaBuild(build_ext):
         for ext in self.extensions:
             target = self.get_ext_fullpath(ext.name)
             self.mkpath(os.path.dirname(target))
-            self.copy_file(f"{folder}/{ext.name}.so", target)
+            self.copy_file(f"{ext.path(folder)}.so", target)
 
 
 setup(
     packages=[*find_packages(include=["layerfused", "layerfused.*"]), "layerfused.kernels"],
     package_dir={"layerfused.kernels": "kernels"},
-    ext_modules=[cpu_engine()],
+    ext_modules=[cpu_engine(), *([cuda_engine(nvcc)] if (nvcc := find_nvcc()) else [])],
     cmdclass={"build_ext": NinjaBuild},
 )

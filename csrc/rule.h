@@ -10,6 +10,7 @@
 // `reduce_sweep` and `apply_sweep` name the operands that each of the two sweeps reads and writes.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define RULE_FN __host__ __device__ __forceinline__
@@ -55,5 +56,25 @@ RULE_FN void average(float& v, float c, float q) { v += c * (q - v); }
 
 RULE_FN float root(float x) { return sqrtf(x); }
 RULE_FN float square(float x) { return x * x; }
+
+// What engines ask of a rule beside: whether its scalars have a coupled decay, which adds to the gradient and makes a
+// sweep that reads g read p too.
+template <class S, class = void>
+constexpr bool couples = false;
+template <class S>
+constexpr bool couples<S, std::void_t<decltype(S::coupled)>> = true;
+
+template <class S>
+RULE_FN float coupled(const S& c) {
+  if constexpr (couples<S>) return c.coupled;
+  return 0;
+}
+
+template <class R>
+RULE_FN constexpr unsigned with_p(unsigned reads) { return couples<typename R::Scalars> && (reads & G) ? reads | P : reads; }
+
+// Both sweeps in one: of a layer without stats, or of one that stays on chip.
+template <class R>
+constexpr Sweep both_sweep{R::reduce_sweep.reads | R::apply_sweep.reads, R::reduce_sweep.writes | R::apply_sweep.writes};
 
 }  // namespace layerfused

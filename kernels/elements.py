@@ -103,7 +103,7 @@ def store(at, x, count, storage: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def rounded(x, storage: tl.constexpr):
-    """float32 to its storage: to nearest even in integers, as csrc/cpu/storage.h (Triton's interpreter truncates)."""
+    """float32 to its storage: to nearest even in integers, as csrc/storage.h (Triton's interpreter truncates)."""
     bits = x
     if storage == tl.bfloat16:
         bits = bf16_bits(x.to(tl.uint32, bitcast=True))

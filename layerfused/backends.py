@@ -2,6 +2,7 @@
 
 import warnings
 from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -10,7 +11,8 @@ from .launch import STORAGE
 from .rule import Rule
 from .table import is_dense, rows_outermost
 
-AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # by the parameter's device, in order; last of all the reference engine
+# By the parameter's device, in order; last of all the reference engine.
+AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def layout_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
@@ -30,6 +32,46 @@ def cpu_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
         return f"rule {rule.name!r} has no native form"
     if p.device.type != "cpu":
         return f"the parameter is on {p.device}"
+    return layout_lacks(group, rule, p)
+
+
+@cache
+def cuda_is_missing() -> str:
+    """Why there is no CUDA engine to use, with the remedy; "" if there is."""
+    try:
+        import_module("._cuda", __package__)
+    except ModuleNotFoundError:
+        return "the CUDA engine was not built: install layerfused from source where nvcc is found (CUDA_HOME or PATH)"
+    except ImportError as error:
+        return f"the CUDA engine does not load: {error}"
+    return ""
+
+
+@cache
+def unserved_gpu(device: torch.device) -> str:
+    """Why the CUDA engine has no code for a GPU, with the remedy; "" if it has."""
+    from ._cuda import ARCHITECTURES
+
+    built = [divmod(int(arch), 10) for arch in ARCHITECTURES.split()]
+    major, minor = found = torch.cuda.get_device_capability(device)
+    if found >= built[-1] or any(arch[0] == major and arch[1] <= minor for arch in built):
+        return ""  # machine code serves later minor numbers, and PTX of the last one whatever comes after it
+    remedy = f"set LAYERFUSED_CUDA_ARCHS={major}{minor} and install again"
+    return f"the GPU has compute capability {major}.{minor}, the engine was built for {ARCHITECTURES}: {remedy}"
+
+
+def cuda_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
+    """Why the CUDA engine cannot serve a parameter, with the remedy; "" if it can."""
+    if cuda_is_missing():
+        return cuda_is_missing()
+    if not has_native_form(rule):
+        return f"rule {rule.name!r} has no native form"
+    from ._cuda import ARCHITECTURES
+
+    if p.device.type != ("cpu" if ARCHITECTURES == "host" else "cuda"):  # "host" is the tests' build
+        return f"the parameter is on {p.device}: it needs a GPU"
+    if p.device.type == "cuda" and unserved_gpu(p.device):
+        return unserved_gpu(p.device)
     return layout_lacks(group, rule, p)
 
 
@@ -59,7 +101,7 @@ def triton_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
     return layout_lacks(group, rule, p)
 
 
-LACKS = {"cpu": cpu_lacks, "triton": triton_lacks}
+LACKS = {"cpu": cpu_lacks, "cuda": cuda_lacks, "triton": triton_lacks}
 
 
 def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
@@ -76,8 +118,6 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
         return "reference"
     if asked == "auto":
         return _automatic(group, rule, p)
-    if asked not in LACKS:
-        raise ValueError(f"backend={asked!r} is not part of this version of layerfused: use 'auto', 'cpu' or 'triton'")
     lacks = LACKS[asked](group, rule, p)
     if lacks:
         raise ValueError(f"backend={asked!r} cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")
@@ -86,8 +126,9 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
 
 def _automatic(group: dict, rule: Rule, p: torch.Tensor) -> str:
     engines = AUTO.get(p.device.type, ())
-    if "triton" in engines and triton_is_missing():  # one line to install, and a hundredfold slower without
-        warnings.warn(f"parameters on {p.device} go to the slow reference engine. {triton_is_missing()}", stacklevel=2)
+    if "cuda" in engines and cuda_is_missing() and triton_is_missing():  # a hundredfold slower than with either
+        reasons = f"{triton_is_missing()}; {cuda_is_missing()}"
+        warnings.warn(f"parameters on {p.device} go to the slow reference engine. {reasons}", stacklevel=2)
     return next((engine for engine in engines if not LACKS[engine](group, rule, p)), "reference")
 
 
@@ -106,6 +147,8 @@ def launch_of(engine: str):
     """The class that runs an engine. Triton's takes a second to import, so only who uses it waits."""
     if engine == "triton":
         from .triton_engine import TritonLaunch as chosen
+    elif engine == "cuda":
+        from .cuda import CudaLaunch as chosen
     elif engine == "cpu":
         from .cpu import CpuLaunch as chosen
     else:

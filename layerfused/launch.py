@@ -1,12 +1,16 @@
 """What the engines that work on addresses share: every step looks at the memory of every tensor anew."""
 
+from array import array
+from itertools import chain
+
 import torch
 
 from . import _cpu
 from .gradients import check_gradient
+from .plan import Phase
 from .table import Table, lies_like
 
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu/storage.h
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/storage.h
 
 
 class Launch:
@@ -70,3 +74,63 @@ class Launch:
         """The parameters that a step writes: raw writes are unseen by autograd unless their versions are counted."""
         params = self.table.params
         return [p for p in params if p.grad is not None] if self.absent else params
+
+
+class DeviceLaunch(Launch):
+    """A kernel launch per step: whether the step takes place is decided on the device, and counted there.
+
+    Attributes:
+        stats: float64 [layers, terms]: what `reduce` leaves and `finish` takes.
+        norm: float64, 0-dim: the gradient norm, computed by the phase NORM or given.
+    """
+
+    live = True  # hyper-parameters that are tensors on the device are read there, by the kernel
+
+    def __init__(self, table: Table, state: dict, terms: int):
+        super().__init__(table, state)
+        self.device = table.step.device
+        self.stats = self._zeros(len(table.layers), terms)
+        self.norm = self._zeros()
+        self._unheeded = torch.zeros((), dtype=torch.int64, device=self.device)  # skips that another launch counts
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
+        """Runs phases of a step. Whether it is skipped is decided on the device, and counted in `skipped` there.
+
+        Raises:
+            RuntimeError and what else a launch raises if it fails; the next step begins as if it had not been.
+        """
+        if phases & Phase.FINISH and phases & Phase.APPLY and not phases & Phase.REDUCE:
+            self.run(Phase.FINISH, rows, max_norm)  # nothing of a launch waits for all of its layers
+            phases = Phase.APPLY
+        here = skipped is not None and skipped.device == self.device
+        self._run(phases, rows, max_norm, skipped if here else self._unheeded)
+        if skipped is not None and not here and phases & Phase.APPLY and max_norm > 0:
+            skipped += (~self.norm.isfinite()).to(skipped.device)
+        if phases & Phase.APPLY:  # until then another phase may read them
+            self._copies = []
+            self._reader.release()
+        return True
+
+    def _run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor) -> None:
+        """Brings to the device what changed, and launches."""
+        raise NotImplementedError
+
+
+def numbers_of(rows: list, max_norm: float) -> tuple[array, array]:
+    """`max_norm` and all rows as numbers, and as places: where a number lives on the device, else 0.
+
+    The address of a float64 is made odd. A number that lives on the device is 0 here.
+    """
+    values = [max_norm, *chain.from_iterable(rows)]
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return array("d", values), array("q", bytes(8 * len(values)))
+    places = [_place_of(value) if isinstance(value, torch.Tensor) else 0 for value in values]
+    numbers = (0.0 if place else value for value, place in zip(values, places, strict=True))
+    return array("d", numbers), array("q", places)
+
+
+def _place_of(value: torch.Tensor) -> int:
+    return value.data_ptr() + (value.dtype == torch.float64)

@@ -3,15 +3,14 @@
 from array import array
 from contextlib import nullcontext
 from functools import cache
-from itertools import chain
 
 import torch
 import triton.language as tl
 
 from .forms import triton_form
 from .kernels import INTERPRETED, Spec, engine, tables
-from .launch import STORAGE, Launch
-from .plan import Phase, make_plan
+from .launch import STORAGE, DeviceLaunch, numbers_of
+from .plan import make_plan
 from .table import Table, state_dtype
 
 TILE = 1024  # elements in registers at once, a power of 2; a layer of up to so many is read once and written once
@@ -24,25 +23,16 @@ REGISTERS = 128  # without a bound ptxas aims lower and spills
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class TritonLaunch(Launch):
-    """One kernel launch per step for all groups of a table, whose tensors share their storage types.
-
-    Attributes:
-        stats: float64 [layers, stats]: what `reduce` leaves and `finish` takes.
-        norm: float64, 0-dim: the gradient norm, computed by the phase NORM or given.
-    """
+class TritonLaunch(DeviceLaunch):
+    """One kernel launch per step for all groups of a table, whose tensors share their storage types."""
 
     engine = "triton"
-    live = True  # hyper-parameters that are tensors on the device are read there, by the kernel
 
     def __init__(self, table: Table, state: dict):
-        super().__init__(table, state)
         self._form = triton_form(table.rule)
+        super().__init__(table, state, self._form.sums + self._form.minima)
         self._storage = [TYPES[dtype] for dtype in self.variant(table.params[0], self._entries[0], table.rule)]
-        self.device, self.on_chip = table.step.device, TILE
-        self.stats = self._zeros(len(table.layers), self._form.sums + self._form.minima)
-        self.norm = self._zeros()
-        self._unheeded = torch.zeros((), dtype=torch.int64, device=self.device)  # skips that another launch counts
+        self.on_chip = TILE
         self._mixed = not all(spec.stats for spec in table.layers)
         self._compiled = set()
         self._make_plan()
@@ -54,9 +44,6 @@ class TritonLaunch(Launch):
         """What must be alike in one launch: the storage types of p, m and v."""
         states = [entries[name].dtype if name in entries else state_dtype(p) for name in rule.states]
         return (p.dtype, *(*states, torch.float32, torch.float32)[:2])
-
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def _make_plan(self) -> None:
         table, layers = self.table, len(self.table.layers)
@@ -118,24 +105,9 @@ class TritonLaunch(Launch):
                 counted[span.tensor] |= bool(taking)
         self._counted[:] = array("q", counted)
 
-    def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
-        """Runs phases of a step. Whether it is skipped is decided on the device, and counted in `skipped` there.
-
-        Raises:
-            RuntimeError and what else Triton raises if the launch fails; the next step begins as if it had not been.
-        """
-        if phases & Phase.FINISH and phases & Phase.APPLY and not phases & Phase.REDUCE:
-            self.run(Phase.FINISH, rows, max_norm)  # nothing of a launch waits for all of its layers
-            phases = Phase.APPLY
+    def _run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor) -> None:
         live = self._send(rows, max_norm)
-        here = skipped is not None and skipped.device == self.device
-        self._launch(self._table(skipped if here else self._unheeded), self._spec(phases, max_norm > 0, live))
-        if skipped is not None and not here and phases & Phase.APPLY and max_norm > 0:
-            skipped += (~self.norm.isfinite()).to(skipped.device)
-        if phases & Phase.APPLY:  # until then another phase may read them
-            self._copies = []
-            self._reader.release()
-        return True
+        self._launch(self._table(skipped), self._spec(phases, max_norm > 0, live))
 
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:
         """As `Launch.prepare`: what the host says is sent, and what is not yet compiled, is."""
@@ -168,12 +140,10 @@ class TritonLaunch(Launch):
 
     def _send(self, rows: list, max_norm: float) -> bool:
         """Brings what the host says to the device if it has changed; whether some value lives there already."""
-        values = [max_norm, *chain.from_iterable(rows)]
-        places = [place_of(value) if isinstance(value, torch.Tensor) else 0 for value in values]
+        numbers, places = numbers_of(rows, max_norm)
         self._reader.addresses(self._addresses)
-        self._place[:] = array("q", places)
-        numbers = [0.0 if place else value for value, place in zip(values, places, strict=True)]
-        self._row.cast("B").cast("d")[:] = array("d", numbers)
+        self._place[:] = places
+        self._row.cast("B").cast("d")[:] = numbers
         now = self._host.tobytes()
         if now != self._sent:
             self._upload()
@@ -197,11 +167,6 @@ class TritonLaunch(Launch):
     def workspace_bytes(self) -> int:
         tensors = (*self._plan, *self._work, self._device, self.stats, self.table.report, self.norm)
         return self._reader.workspace_bytes + len(self._host) * 8 + sum(x.nbytes for x in tensors)
-
-
-def place_of(value: torch.Tensor) -> int:
-    """Where a value lives on the device; an odd address is one of float64."""
-    return value.data_ptr() + (value.dtype == torch.float64)
 
 
 @cache

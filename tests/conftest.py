@@ -1,16 +1,18 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter: their arithmetic is tested everywhere.
+"""Where there is no GPU, kernels are tested all the same: Triton's in its interpreter, CUDA's built for the host.
 
-Triton looks at the environment when it is imported, so this comes before any test module. Where there is a GPU the
-same tests run the compiled kernels, and the interpreter must not be asked for.
+Triton looks at the environment when it is imported, and layerfused imports its CUDA engine once, so this comes before
+any test module. Where there is a GPU the same tests run the compiled kernels.
 """
 
 import os
 
+import host_cuda
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    host_cuda.install()
 
 
 @pytest.fixture

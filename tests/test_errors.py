@@ -149,8 +149,6 @@ def test_engines_that_cannot_serve(case):
     for p, words in ((double, ["float64"]), (meta, ["meta"]), (gaps, ["(4, 2)"])):
         with refused(ValueError, "backend='cpu'", "use 'auto'", *words):
             make(case, [*params, p], backend="cpu")
-    with refused(ValueError, "cuda", "use"):  # Triton's refusals: test_triton_errors.py
-        make(case, params, backend="cuda")
     for plain in ({"differentiable": True}, {"foreach": True}, {"fused": False}):
         with refused(ValueError, "backend='cpu'", "use 'auto'"):
             make(case, params, backend="cpu", **plain)

@@ -20,9 +20,10 @@ pytestmark = MARKS
 
 
 def refusal(prelude, asked="triton"):
-    """What a process of its own, without the interpreter, says when an engine is asked for, and for a GPU's sake."""
+    """What a process without interpreter and CUDA engine says when an engine is asked for, and of a GPU."""
     code = f"""
 import sys, warnings
+sys.modules["layerfused._cuda"] = None
 {prelude}
 import torch, layerfused
 from layerfused import backends

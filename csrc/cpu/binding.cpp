@@ -1,5 +1,4 @@
-// Python's door to the CPU engine. Arrays come as buffers of int64 or float64 (array.array, memoryview), memory that
-// torch owns as addresses: no torch headers, so that one build serves every torch.
+// Python's door to the CPU engine. Tables come as buffers, memory that torch owns as addresses: no torch headers, so that one build serves every torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +7,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "buffers.h"
 #include "cpu/engine.h"
 #include "cpu/reader.h"
 
@@ -15,15 +15,6 @@ namespace py = pybind11;
 using namespace layerfused;
 
 namespace {
-
-template <class T>
-std::vector<T> rows(const py::buffer& buffer) {
-  const py::buffer_info info = buffer.request();
-  const size_t bytes = size_t(info.size * info.itemsize);
-  if (info.itemsize != 8 || bytes % sizeof(T)) throw std::invalid_argument("not a whole number of 8-byte rows");
-  const T* data = static_cast<const T*>(info.ptr);
-  return std::vector<T>(data, data + bytes / sizeof(T));
-}
 
 template <class T>
 T* at(int64_t address) { return reinterpret_cast<T*>(address); }
@@ -105,6 +96,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def("release", &Reader::release)
       .def("replace_gradient", &Reader::replace_gradient)
       .def("addresses", &Reader::addresses)
+      .def("types", &Reader::types)
       .def_readonly("g_storage", &Reader::g_storage)
       .def_property_readonly("workspace_bytes", &Reader::workspace_bytes);
   py::class_<Bound>(module, "Engine")

@@ -1,7 +1,7 @@
 #include "cpu/loops.h"
 
 #include "cpu/clones.h"
-#include "cpu/storage.h"
+#include "storage.h"
 
 namespace layerfused {
 

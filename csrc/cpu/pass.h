@@ -4,7 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/loops.h"
-#include "cpu/storage.h"
+#include "storage.h"
 #include "plan.h"
 
 namespace layerfused {

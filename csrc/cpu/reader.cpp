@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/dlpack.h"
-#include "cpu/storage.h"
+#include "storage.h"
 
 namespace py = pybind11;
 
@@ -188,14 +188,35 @@ void Reader::replace_gradient(size_t index, int64_t address, int64_t storage) {
   g.at(index) = address, g_storage.at(index) = storage;
 }
 
+namespace {
+
+int64_t* rows_of(const py::buffer_info& info, size_t size) {
+  if (info.itemsize == 8 && size_t(info.size) == size) return static_cast<int64_t*>(info.ptr);
+  throw py::value_error("the buffer must hold " + std::to_string(size) + " int64, it holds " + std::to_string(info.size));
+}
+
+}  // namespace
+
+const Reader::Entry* Reader::state(size_t i, size_t k) const {
+  const size_t names = PyTuple_GET_SIZE(names_.ptr()), first = names - size_t(elementwise_);
+  return int(k) < elementwise_ ? &entries_[i * names + first + k] : nullptr;
+}
+
 void Reader::addresses(py::buffer rows) const {
   const py::buffer_info info = rows.request(true);
-  if (info.itemsize != 8 || size_t(info.size) != 4 * p.size()) throw py::value_error("rows must hold four int64 a tensor");
-  auto* row = static_cast<int64_t*>(info.ptr);
-  const size_t names = PyTuple_GET_SIZE(names_.ptr()), first = names - size_t(elementwise_);
+  int64_t* row = rows_of(info, 4 * p.size());
   for (size_t i = 0; i < p.size(); ++i, row += 4) {
     row[0] = p[i], row[1] = g[i];
-    for (size_t k = 0; k < 2; ++k) row[2 + k] = int(k) < elementwise_ ? entries_[i * names + first + k].address : 0;
+    for (size_t k = 0; k < 2; ++k) row[2 + k] = state(i, k) ? state(i, k)->address : 0;
+  }
+}
+
+void Reader::types(py::buffer rows) const {
+  const py::buffer_info info = rows.request(true);
+  int64_t* row = rows_of(info, p.size());
+  for (size_t i = 0; i < p.size(); ++i) {
+    row[i] = p_storage[i] | g_storage[i] << 8;
+    for (size_t k = 0; k < 2; ++k) row[i] |= (state(i, k) ? state(i, k)->storage : 0) << (16 + 8 * k);
   }
 }
 

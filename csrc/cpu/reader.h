@@ -34,6 +34,7 @@ class Reader {
   void release();  // lets go of the gradients: until then they cannot be freed under the engine
   void replace_gradient(size_t index, int64_t address, int64_t storage);
   void addresses(pybind11::buffer rows) const;  // writes p, g, m, v of each tensor, 0 for a state that is not there
+  void types(pybind11::buffer rows) const;      // writes their storage types, a byte each, into one number a tensor
   std::vector<int64_t> p, g, p_storage, g_storage;
 
  private:
@@ -44,6 +45,8 @@ class Reader {
     pybind11::object tensor;  // held, so that no other can take its place unseen
     int64_t address, storage;
   };
+
+  const Entry* state(size_t i, size_t k) const;  // m or v; nullptr if the rule has none
 
   pybind11::list parameters_, states_;
   pybind11::tuple names_;

@@ -1,8 +1,6 @@
 // One rule for the CPU: compiled once for each header of csrc/rules, named on the command line.
 #include LAYERFUSED_RULE_HEADER
 
-#include <type_traits>
-
 #include "cpu/clones.h"
 #include "cpu/kernels.h"
 
@@ -10,20 +8,6 @@
 
 namespace layerfused {
 namespace {
-
-template <class S, class = void>
-constexpr bool couples = false;
-template <class S>
-constexpr bool couples<S, std::void_t<decltype(S::coupled)>> = true;
-
-template <class S>
-RULE_FN float coupled(const S& c) {
-  if constexpr (couples<S>) return c.coupled;
-  return 0;
-}
-
-template <class R>
-constexpr unsigned with_p(unsigned reads) { return couples<typename R::Scalars> && (reads & G) ? reads | P : reads; }
 
 template <class R, unsigned reads>
 RULE_FN Element load(const typename R::Scalars& c, float scale, const Tile& tile, int64_t i) {
@@ -97,16 +81,15 @@ CLONES void reduce(const Scalars& erased, float scale, const Stretch& stretch, L
 
 template <class R, bool with_moments>
 CLONES void update(const Scalars& erased, float scale, const Stretch& stretch) {
-  constexpr unsigned both = R::reduce_sweep.reads | R::apply_sweep.reads;
-  constexpr unsigned reads = with_p<R>(with_moments ? both : R::apply_sweep.reads);
-  constexpr unsigned writes = R::apply_sweep.writes | (with_moments ? R::reduce_sweep.writes : 0);
+  constexpr Sweep operands = with_moments ? both_sweep<R> : R::apply_sweep;
+  constexpr unsigned reads = with_p<R>(operands.reads);
   const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
   const Tile tile = stretch.tile;
   for_each(stretch, [&](int64_t i, int) RULE_LAMBDA {
     Element x = load<R, reads>(c, scale, tile, i);
     if constexpr (with_moments) R::moments(c, x);
     R::apply(c, x);
-    store<writes>(tile, i, x);
+    store<operands.writes>(tile, i, x);
   });
 }
 
