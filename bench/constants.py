@@ -1,19 +1,24 @@
-"""The constants of the Triton engine: what they may be, how to try others, how to search among them."""
+"""The constants of the engines on GPUs: what they may be, how to try others, how to search among them."""
 
 import argparse
 import itertools
 import random
 from contextlib import contextmanager
-from functools import cache
+from importlib import import_module
 
-AXES = {
-    "TILE": (512, 1024, 2048, 4096),
-    "WARPS": (2, 4, 8, 16),
-    "REGISTERS": (64, 96, 128, 168, 255),  # a thread, at most
-    "PROGRAMS": (1, 2, 3, 4, 6, 8),
-    "CHUNK": (1024, 2048, 4096, 8192, 16384),
-    "AHEAD": tuple(2**k for k in range(18, 23)),
+CHUNK, AHEAD = (1024, 2048, 4096, 8192, 16384), tuple(2**k for k in range(18, 23))
+AXES = {  # by backend; threads and registers of the CUDA engine are compiled in
+    "cuda": {"CHUNK": CHUNK, "AHEAD": AHEAD},
+    "triton": {
+        "TILE": (512, 1024, 2048, 4096),
+        "WARPS": (2, 4, 8, 16),
+        "REGISTERS": (64, 96, 128, 168, 255),  # a thread, at most
+        "PROGRAMS": (1, 2, 3, 4, 6, 8),
+        "CHUNK": CHUNK,
+        "AHEAD": AHEAD,
+    },
 }
+MODULES = {"cuda": "layerfused.cuda", "triton": "layerfused.triton_engine"}
 GAIN = 0.995  # a score must fall below so much of the best one's: less is noise
 
 
@@ -24,8 +29,8 @@ def axis(text):
         found = tuple(int(value) for value in values.split(","))
     except ValueError:
         found = ()
-    if name not in AXES or not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=INTEGER,… with a NAME of {', '.join(AXES)}")
+    if name not in AXES["triton"] or not found or min(found) < 1:  # which has all names
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=INTEGER,… with a NAME of {', '.join(AXES['triton'])}")
     return name, found
 
 
@@ -33,30 +38,28 @@ def named(point):
     return " ".join(f"{name}={value}" for name, value in point.items())
 
 
-@cache
-def triton_engine():
-    """The module that holds the constants; it imports Triton, so only who sweeps waits for it."""
-    from layerfused import triton_engine as module
-
-    return module
+def module(backend):
+    """The module that holds the constants; Triton's takes a second to import, so only who sweeps waits for it."""
+    return import_module(MODULES[backend])
 
 
-def defaults():
+def defaults(backend):
     """The constants as they stand."""
-    return {name: getattr(triton_engine(), name) for name in AXES}
+    return {name: getattr(module(backend), name) for name in AXES[backend]}
 
 
 @contextmanager
-def applied(point):
+def applied(backend, point):
     """The engine with these constants, which it reads when a launch is built and whenever it runs."""
-    engine = triton_engine()
+    engine = module(backend)
 
     def put(constants):
         for name, value in constants.items():
             setattr(engine, name, value)
-        engine.programs.cache_clear()
+        if backend == "triton":
+            engine.programs.cache_clear()
 
-    before = defaults()
+    before = defaults(backend)
     put(point)
     try:
         yield
@@ -64,14 +67,16 @@ def applied(point):
         put(before)
 
 
-def kernels():
-    """By device, what Triton has compiled of the engine's kernel in this process; nothing in the interpreter."""
-    return [found[0] for found in getattr(triton_engine().engine.run, "device_caches", {}).values()]
+def kernels(backend):
+    """By device, what Triton has compiled of its kernel in this process; nothing of other engines."""
+    if backend != "triton":
+        return []
+    return [found[0] for found in getattr(module(backend).engine.run, "device_caches", {}).values()]
 
 
-def registers():
-    """Registers and spilled words of a thread, the most of any kernel in use; None where Triton does not tell."""
-    used = [kernel for compiled in kernels() for kernel in compiled.values()]
+def registers(backend):
+    """Registers and spilled words of a thread, the most of any kernel in use; None where nobody tells."""
+    used = [kernel for compiled in kernels(backend) for kernel in compiled.values()]
     found = {name: [getattr(kernel, name, None) for kernel in used] for name in ("n_regs", "n_spills")}
     return {name: max((v for v in values if v is not None), default=None) for name, values in found.items()}
 

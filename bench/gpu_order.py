@@ -125,5 +125,6 @@ def ordered(lacks):
         *rows(LATER, CORE, "core", lacks),
         *rows(FIRST + LATER, REST, "rest", lacks),
         *{part.name: part for part in every_file}.values(),
-        Tune("tune", (), 60, 600, lacks["triton"]),
+        Tune("tune cuda", (), 60, 120, lacks["cuda"]),
+        Tune("tune triton", (), 60, 600, lacks["triton"]),
     ]

@@ -139,13 +139,20 @@ class Rows(Part):
 
 
 class Tune(Part):
+    """The sweep of the constants of one engine, the name's last word."""
+
     def words(self, limit):
-        json = str(SCRATCH / "tune.json")
-        return (sys.executable, "-m", "bench", "tune", "--seconds", str(int(limit - 30)), "--json", json)
+        backend = self.name.split()[-1]
+        where = ("--backend", backend, "--seconds", str(int(limit - 30)), "--json", str(SCRATCH / self.file))
+        return (sys.executable, "-m", "bench", "tune", *where)
+
+    @property
+    def file(self):
+        return f"{self.name.replace(' ', '-')}.json"
 
     def keep(self, outcome, document, folder):
-        if (ROOT / SCRATCH / "tune.json").exists():
-            shutil.copy(ROOT / SCRATCH / "tune.json", folder / "tune.json")
+        if (ROOT / SCRATCH / self.file).exists():
+            shutil.copy(ROOT / SCRATCH / self.file, folder / self.file)
 
 
 def last(outcome):

@@ -32,8 +32,8 @@ class Settings(NamedTuple):
     chunk: int = 4096
     whole: int = 1024
     ahead: int = 1 << 20
-    blocks: int = 5
-    threads: int = 128
+    blocks: int = 3
+    threads: int = 256
     resident: int = 0
 
 
@@ -152,15 +152,15 @@ class Work:
         if kind == Kind.NORM:
             return (sweep_of((2, 0), widths, kept=2, wide=4),)
         if kind == Kind.REDUCE:
-            return (sweep_of(masks[0], widths, masks[1][0] | masks[1][1], wide(masks[0][0])),)
+            return (sweep_of(masks[0], widths, masks[1][0] | masks[1][1], wide(masks[0])),)
         if kind == Kind.APPLY:
-            return (sweep_of(masks[-1], widths, wide=wide(masks[-1][0])),)
+            return (sweep_of(masks[-1], widths, wide=wide(masks[-1])),)
         if kind == "resident":
             return (sweep_of((once[0], 0), widths), sweep_of((0, once[1]), widths))
-        return (sweep_of(once, widths, wide=wide(once[0])),)
+        return (sweep_of(once, widths, wide=wide(once)),)
 
 
-def wide(reads):
-    """Tiles that a sweep asks for at once: as csrc/cuda/tile.h, as many bytes with few operands as with four."""
-    operands = reads.bit_count()
-    return 4 // operands if 0 < operands < 3 else 1
+def wide(masks):
+    """Tiles that a sweep asks for at once: as csrc/cuda/tile.h, two where it only reads, and at most two operands."""
+    reads, writes = masks
+    return 2 if not writes and reads.bit_count() < 3 else 1

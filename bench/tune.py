@@ -1,4 +1,4 @@
-"""Sweep of the Triton engine's constants on a GPU: measures only, writes nothing into the package.
+"""Sweep of an engine's constants on a GPU: measures only, writes nothing into the package.
 
 Coordinate descent from the constants as they stand, or --grid. A point is one choice of all constants; it is measured
 as `step` measures, every optimizer over every list of shapes in turns with the copy, and its score is the geometric
@@ -43,6 +43,7 @@ def add_arguments(parser):
     add("--shapes", default="bert-large,resnet50", help=f"list of {', '.join(models.MODELS)} or FILE.json")
     add("--optimizers", default="LAMB(max_grad_norm=None),AdamW", help='list of NAME or "NAME(key=value,…)", ours')
     add("--dtype", choices=DTYPES, default="fp32", help="of parameters and gradients")
+    add("--backend", choices=AXES, default="cuda", help="whose constants")
     add("--axis", type=axis, action="append", default=[], metavar="NAME=V,…", help="other values of one constant")
     add("--grid", action="store_true", help="all combinations in a shuffled order, instead of coordinate descent")
     add("--repeats", type=int, default=15, help="rounds of each measurement")
@@ -67,13 +68,13 @@ class Sweep:
             params = parameters([shape for _, shape in shapes], DTYPES[args.dtype], device.name)
             for text in specs.split(args.optimizers):
                 spec = specs.parse(text)
-                spec = dataclasses.replace(spec, options=spec.options | {"backend": "triton"})
+                spec = dataclasses.replace(spec, options=spec.options | {"backend": args.backend})
                 self.cases.append(Case(Path(name).stem, spec, params))
         self.deadline = time.perf_counter() + args.seconds
 
     def run(self):
-        axes = AXES | dict(self.args.axis)
-        start = defaults() | {name: values[0] for name, values in axes.items() if len(values) == 1}
+        axes = AXES[self.args.backend] | dict(self.args.axis)
+        start = defaults(self.args.backend) | {name: values[0] for name, values in axes.items() if len(values) == 1}
         try:
             (scan if self.args.grid else descend)(axes, start, self.score)
         except Stopped as reason:
@@ -98,17 +99,17 @@ class Sweep:
     def row(self, point, case):
         """One case at one point, or the reason why it cannot run there."""
         common = {"shapes": case.shapes, "optimizer": case.spec.text, "dtype": self.args.dtype}
-        for compiled in kernels():
+        for compiled in kernels(self.args.backend):
             compiled.clear()  # so that what is there afterwards is this row's
         try:
-            with applied(point):
+            with applied(self.args.backend, point):
                 measured = self.measured(case)
         except Exception as error:  # whatever Triton, its compiler or the driver raises is a result here
             lines = f"{type(error).__name__}: {error}".strip().splitlines()
             reason = " … ".join(dict.fromkeys((lines[0], lines[-1])))  # compilers say where, then much, then what
             self.still_works(reason)
-            return common | registers() | {"reason": reason}
-        found = registers()
+            return common | registers(self.args.backend) | {"reason": reason}
+        found = registers(self.args.backend)
         spills = f"spills {found['n_spills']} words a thread" if found["n_spills"] else None
         return common | measured | found | {"reason": spills}
 
@@ -148,10 +149,14 @@ def check(args):
     missing = devices.Cuda.missing()
     if missing:
         args.error(missing)
-    from layerfused.backends import triton_is_missing
+    from layerfused.backends import cuda_is_missing, triton_is_missing
 
-    if triton_is_missing():
-        args.error(triton_is_missing())
+    lacks = {"cuda": cuda_is_missing, "triton": triton_is_missing}[args.backend]()
+    if lacks:
+        args.error(lacks)
+    foreign = [name for name, _ in args.axis if name not in AXES[args.backend]]
+    if foreign:
+        args.error(f"--axis {foreign[0]}: the {args.backend} engine's constants are {', '.join(AXES[args.backend])}")
     if args.repeats < 1 or not specs.split(args.optimizers) or not specs.split(args.shapes):
         args.error("--optimizers and --shapes must name at least one each, and --repeats must be >= 1")
     if args.json:

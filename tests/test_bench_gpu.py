@@ -142,9 +142,9 @@ def test_results_of_other_sources_versions_or_gpus_are_not_gone_on_with(tmp_path
 def test_failed_rows_are_halved_so_that_one_rule_takes_no_other_along(tmp_path):
     [rows] = gpu_order.rows([("tiny", "fp32")], ("AdamW", "LARS"), "core", HERE)
     fake = Fake({"LARS(backend='triton')": Outcome(1, "no such rule")})
-    session(tmp_path, fake).run([rows, Part("other", ("other",)), Tune("tune")])
+    session(tmp_path, fake).run([rows, Part("other", ("other",)), Tune("tune cuda")])
     last = fake.ran.pop()
-    assert "tune" in last and [line.partition("--optimizers ")[2].partition(" ")[0] for line in fake.ran] == [
+    assert "tune --backend cuda" in last and [line.partition("--optimizers ")[2].partition(" ")[0] for line in fake.ran] == [
         "AdamW(backend='cuda'),LARS(backend='cuda'),AdamW(backend='triton'),LARS(backend='triton')",
         "",
         "AdamW(backend='cuda'),LARS(backend='cuda')",
@@ -157,7 +157,7 @@ def test_failed_rows_are_halved_so_that_one_rule_takes_no_other_along(tmp_path):
 def test_the_order_is_by_importance():
     names = [part.name for part in gpu_order.ordered(HERE)]
     wanted = ["steps cuda", "rows bert-large fp32 core", "rows resnet50 fp32 core", "memcheck", "racecheck"]
-    wanted += ["ncu AdamW cuda", "rows gpt2 fp32 core", "rows bert-large fp32 rest", "tests/test_triton_gpu.py", "tune"]
+    wanted += ["ncu AdamW cuda", "rows gpt2 fp32 core", "rows bert-large fp32 rest", "tests/test_triton_gpu.py", "tune triton"]
     assert [name for name in names if name in wanted] == wanted
     assert len(names) == len(set(names)), "names are what a second run knows parts by"
     assert sum(name.startswith("rows") for name in names) == 5 * 2 * 2
@@ -167,7 +167,7 @@ def test_without_the_cuda_engine_triton_is_measured_alone():
     parts = {part.name: part for part in gpu_order.ordered(HERE | {"cuda": "no nvcc"})}
     assert "cuda" not in " ".join(parts["rows bert-large fp32 core"].optimizers)
     assert {parts[name].missing for name in ("steps cuda", "memcheck", "ncu AdamW cuda")} == {"no nvcc"}
-    assert not parts["steps triton"].missing and not parts["tune"].missing
+    assert not parts["steps triton"].missing and not parts["tune triton"].missing
 
 
 def test_test_files_that_need_absent_packages_are_left_out(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_status_and_last_words_where_something_failed_or_was_left(machine_with_g
     machine_with_gpu.outcomes["setup.py"] = Outcome(1, "nvcc says no")
     assert status("--budget", "60") == 1
     found = states(saved(tmp_path / "bench" / "results" / "nvidia-h200"))
-    assert found["build"] == "failed" and found["steps cuda"] == "skipped" and found["tune"] == "left"
+    assert found["build"] == "failed" and found["steps cuda"] == "skipped" and found["tune triton"] == "left"
     assert found["rows bert-large fp32 core"] == "passed", "Triton's"
     shown = capsys.readouterr().out.splitlines()
     assert shown[-3:] == [

@@ -1,4 +1,4 @@
-"""The sweep of the Triton engine's constants: its search on made-up scores, its rows in Triton's interpreter.
+"""The sweep of an engine's constants: its search on made-up scores, its rows in Triton's interpreter.
 
 Where there is no GPU this leaves out compiling, registers as Triton reports them (stand-ins here) and every number.
 """
@@ -24,7 +24,16 @@ def arguments(tmp_path, *words):
     shapes.write_text(json.dumps([[30, 20], [7]]))
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)
-    words = ["--shapes", str(shapes), "--repeats", "1", "--json", str(tmp_path / "out.json"), *words]
+    words = [
+        "--backend=triton",
+        "--shapes",
+        str(shapes),
+        "--repeats",
+        "1",
+        "--json",
+        str(tmp_path / "out.json"),
+        *words,
+    ]
     args = parser.parse_args(words)
     args.command = ["tune", *words]
     return args
@@ -81,13 +90,26 @@ def test_axis_refuses(text):
 
 def test_constants_reach_the_engine_and_go_back(sweep):
     """By the number of chunks that the plan has on the device; WARPS and REGISTERS are nothing to the interpreter."""
-    before, chunks = constants.defaults(), []
+    before, chunks = constants.defaults("triton"), []
     for chunk in (128, 256):
-        with constants.applied(POINT | {"CHUNK": chunk}):
+        with constants.applied("triton", POINT | {"CHUNK": chunk}):
             opt = tune.Contender.build(sweep.cases[0].spec, sweep.cases[0].params).opt
         chunks.append(int(opt._launches[0]._plan.sizes[1]))
         assert opt._launches[0].on_chip == 64
-    assert chunks == [5 + 1, 3 + 1] and constants.defaults() == before
+    assert chunks == [5 + 1, 3 + 1] and constants.defaults("triton") == before
+
+
+def test_the_cuda_engine_has_axes_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(devices.on(DEVICE)), "copy_elements", 1024)
+    args = arguments(tmp_path, "--backend=cuda", "--axis=CHUNK=2048", "--axis=AHEAD=1024,4096")
+    tune.Sweep(args, devices.on(DEVICE)).run()
+    found = json.loads(args.json.read_text())
+    assert [point["constants"] for point in found["points"]][1:] == [
+        {"CHUNK": 2048, "AHEAD": 1024},
+        {"CHUNK": 2048, "AHEAD": 4096},
+    ]
+    assert {row["engine"] for point in found["points"] for row in point["rows"]} == {"cuda"}
+    assert all(row["median_ms"] > 0 for point in found["points"] for row in point["rows"])
 
 
 def test_a_sweep_and_its_table(sweep, capsys):
@@ -95,7 +117,7 @@ def test_a_sweep_and_its_table(sweep, capsys):
     found = json.loads(sweep.args.json.read_text())
     assert found["bench"] == "tune" and found["stopped"] is None and found["machine"] and "score" in found["methods"]
     tried = [point["constants"] for point in found["points"]]
-    assert tried == [POINT | {"CHUNK": chunk} for chunk in (constants.defaults()["CHUNK"], 128, 256)]
+    assert tried == [POINT | {"CHUNK": chunk} for chunk in (constants.defaults("triton")["CHUNK"], 128, 256)]
     for row in found["points"][0]["rows"]:
         assert row["median_ms"] > 0 and row["gb_per_s"] > 0 and row["percent_of_copy"] > 0 and row["first_step_s"] > 0
         assert (row["n_regs"] is None) == (DEVICE == "cpu") and row["engine"] == "triton"
@@ -128,7 +150,7 @@ def test_what_cannot_run_is_kept_with_its_reason(sweep, monkeypatch):
 def test_registers_and_spills_are_those_of_the_row(sweep, monkeypatch):
     """Stand-ins for Triton's cache of compiled kernels: device -> (kernels, …)."""
     compiled = {"of an earlier row": SimpleNamespace(n_regs=255, n_spills=99)}
-    run = constants.triton_engine().engine.run
+    run = constants.module("triton").engine.run
     monkeypatch.setattr(run, "device_caches", {0: (compiled, {}, None)}, raising=False)
 
     def compiles(case):
@@ -172,7 +194,7 @@ def test_the_command_on_a_gpu(tmp_path, capsys):
     shapes.write_text(json.dumps([[300, 200], [7]]))
     axes = ("PROGRAMS=4", "CHUNK=4096", "AHEAD=262144", "TILE=1024", "REGISTERS=128", "WARPS=2,4")
     words = [f"--axis={axis}" for axis in axes]
-    main(["tune", "--shapes", str(shapes), "--repeats", "3", "--json", str(out), *words])
+    main(["tune", "--backend=triton", "--shapes", str(shapes), "--repeats", "3", "--json", str(out), *words])
     found = json.loads(out.read_text())
     assert {point["constants"]["WARPS"] for point in found["points"]} == {2, 4}
     assert all(row["n_regs"] > 0 and row["n_spills"] is not None for p in found["points"] for row in p["rows"])

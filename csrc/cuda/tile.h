@@ -123,11 +123,11 @@ DEVICE void write(const Element (&x)[QUAD], const Places& places, int i, int ins
   if constexpr ((writes & V) != 0) write_one<again, 3>(v, places, i, inside);
 }
 
-// Calls each(x, i, inside) for the elements of a chunk, four from the i-th on, and writes what it made of them. A sweep of few
-// operands takes several such quads at once: as many bytes under way as one of four operands has.
+// Calls each(x, i, inside) for the elements of a chunk, four from the i-th on, and writes what it made of them. A sweep
+// that only reads, and few operands, takes two such quads at once: it has the registers, and needs the bytes under way.
 template <unsigned reads, unsigned writes, unsigned again, class Each>
 DEVICE void sweep(const Places& places, int count, bool reads_p, Each&& each) {
-  constexpr int quads = count_of(reads) < 3 ? 4 / count_of(reads) : 1;
+  constexpr int quads = writes == 0 && count_of(reads) < 3 ? 2 : 1;
   const bool aligned = (places.vectors & reads) == reads;
 #pragma unroll 1
   for (int begin = QUAD * int(device::thread()); begin < count; begin += quads * TILE) {
