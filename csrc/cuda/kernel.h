@@ -138,16 +138,17 @@ class Block {
     const Words& w = launch.words;
     const int64_t where[4] = {w.p(row.tensor), w.gradient(row.tensor), w.m(row.tensor), w.v(row.tensor)};
     const int64_t types = word(w.types(row.tensor));
-    unsigned vectors = 0;
+    unsigned vectors = 0, plain = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t storage = types >> (8 * k) & 255, size = storage == FP32 ? 4 : 2;
       const int64_t tensor = word(where[k]), address = tensor + row.start * size;
       if (k == 1) places.there = tensor != 0;
       places.at[k] = reinterpret_cast<char*>(address), places.storage[k] = storage;
-      vectors |= unsigned(address % (QUAD * size) == 0) << k;
+      const unsigned fits = (uint64_t(address) & (QUAD * size - 1)) == 0;
+      vectors |= fits << k, plain |= (storage == FP32 ? fits : 0) << k;
     }
-    places.vectors = vectors;
+    places.vectors = vectors, places.plain = plain;
     if (!places.there) row.count = 0;
   }
 

@@ -19,6 +19,7 @@ struct Places {
   char* at[4];
   uint32_t storage[4];
   unsigned vectors;  // the operands that vectors can move
+  unsigned plain;    // those of them that are fp32, and need no conversion
   bool there;        // whether the tensor has a gradient
 
   DEVICE bool wide(int k) const { return storage[k] == FP32; }
@@ -50,11 +51,15 @@ DEVICE void store_each(char* at, const Quad& q, bool wide, int inside) {
   }
 }
 
+// By a branch, not by a choice between three results: all threads of a block go the same way.
 DEVICE void unpack(float (&x)[QUAD], const Quad& q, uint32_t storage) {
+#pragma unroll
+  for (int j = 0; j < QUAD; ++j) x[j] = from_bits(q.word[j]);
+  if (storage == FP32) return;
 #pragma unroll
   for (int j = 0; j < QUAD; ++j) {
     const uint16_t half = uint16_t(q.word[j / 2] >> (16 * (j % 2)));
-    x[j] = storage == FP32 ? from_bits(q.word[j]) : storage == BF16 ? bf16_to_float(half) : fp16_to_float(half);
+    x[j] = storage == BF16 ? bf16_to_float(half) : fp16_to_float(half);
   }
 }
 
@@ -72,44 +77,54 @@ DEVICE Quad pack(const float (&x)[QUAD], uint32_t storage) {
 template <unsigned again, int k>
 constexpr Use use_of = (again >> k & 1) != 0 ? Use::again : Use::last;
 
-template <unsigned reads, unsigned again, int k>
-DEVICE void fetch_one(Quad& q, const Places& places, int i, int inside, bool vectors) {
-  if constexpr ((reads >> k & 1) != 0) {
-    const char* at = places.element(k, i);
-    if (vectors || ((places.vectors >> k & 1) != 0 && inside == QUAD)) {
-      q = device::load<use_of<again, k>, k == 1>(at, places.wide(k));
-    } else {
-      q = load_each(at, places.wide(k), inside);
-    }
-  }
+template <unsigned reads, unsigned again, int k, bool plain>
+DEVICE void fetch_one(Quad& q, const Places& places, int i, int inside) {
+  constexpr bool constant = k == 1;  // nobody writes gradients
+  if constexpr ((reads >> k & 1) == 0) return;
+  else if constexpr (plain) q = device::load<use_of<again, k>, constant>(places.at[k] + int64_t(i) * 4, true);
+  else if ((places.vectors >> k & 1) != 0 && inside == QUAD)
+    q = device::load<use_of<again, k>, constant>(places.element(k, i), places.wide(k));
+  else q = load_each(places.element(k, i), places.wide(k), inside);
 }
 
-// Operands of four elements from the i-th of the chunk on, of which `inside` are the chunk's. `vectors`: nothing is
-// misaligned and no end is near, so that there is not a branch between the loads. `reads_p` is false where p is declared
-// for the sake of a coupled decay that is zero.
+template <unsigned reads, unsigned again, bool plain>
+DEVICE void fetch_all(Quad (&q)[4], const Places& places, int i, int inside, bool reads_p) {
+  fetch_one<reads, again, 1, plain>(q[1], places, i, inside);
+  fetch_one<reads, again, 2, plain>(q[2], places, i, inside);
+  fetch_one<reads, again, 3, plain>(q[3], places, i, inside);
+  if (reads_p) fetch_one<reads, again, 0, plain>(q[0], places, i, inside);
+}
+
+// Operands of four elements from the i-th of the chunk on, of which `inside` are the chunk's. Of plain ones all loads
+// are under way with hardly an instruction between them. `reads_p` is false where p is declared for the sake of a
+// coupled decay that is zero.
 template <unsigned reads, unsigned again>
-DEVICE void fetch(Quad (&q)[4], const Places& places, int i, int inside, bool vectors, bool reads_p) {
-  fetch_one<reads, again, 1>(q[1], places, i, inside, vectors);
-  fetch_one<reads, again, 2>(q[2], places, i, inside, vectors);
-  fetch_one<reads, again, 3>(q[3], places, i, inside, vectors);
-  if (reads_p) fetch_one<reads, again, 0>(q[0], places, i, inside, vectors);
+DEVICE void fetch(Quad (&q)[4], const Places& places, int i, int inside, bool plain, bool reads_p) {
+  if (plain) fetch_all<reads, again, true>(q, places, i, inside, reads_p);
+  else fetch_all<reads, again, false>(q, places, i, inside, reads_p);
+}
+
+template <unsigned reads, int k>
+DEVICE void unpack_one(float (&x)[QUAD], const Quad& q, const Places& places, bool plain) {
+  if constexpr ((reads >> k & 1) != 0) unpack(x, q, plain ? uint32_t(FP32) : places.storage[k]);
 }
 
 template <unsigned reads>
-DEVICE void elements_of(Element (&x)[QUAD], const Quad (&q)[4], const Places& places) {
+DEVICE void elements_of(Element (&x)[QUAD], const Quad (&q)[4], const Places& places, bool plain) {
   float p[QUAD] = {}, g[QUAD] = {}, m[QUAD] = {}, v[QUAD] = {};
-  if constexpr ((reads & P) != 0) unpack(p, q[0], places.storage[0]);
-  if constexpr ((reads & G) != 0) unpack(g, q[1], places.storage[1]);
-  if constexpr ((reads & M) != 0) unpack(m, q[2], places.storage[2]);
-  if constexpr ((reads & V) != 0) unpack(v, q[3], places.storage[3]);
+  unpack_one<reads, 0>(p, q[0], places, plain);
+  unpack_one<reads, 1>(g, q[1], places, plain);
+  unpack_one<reads, 2>(m, q[2], places, plain);
+  unpack_one<reads, 3>(v, q[3], places, plain);
 #pragma unroll
   for (int j = 0; j < QUAD; ++j) x[j] = {p[j], g[j], m[j], v[j]};
 }
 
 template <unsigned again, int k>
 DEVICE void write_one(const float (&x)[QUAD], const Places& places, int i, int inside) {
-  const Quad q = pack(x, places.storage[k]);
   char* at = places.element(k, i);
+  if ((places.plain >> k & 1) != 0 && inside == QUAD) return device::store<use_of<again, k>>(at, pack(x, FP32), true);
+  const Quad q = pack(x, places.storage[k]);
   if ((places.vectors >> k & 1) != 0 && inside == QUAD) device::store<use_of<again, k>>(at, q, places.wide(k));
   else store_each(at, q, places.wide(k), inside);
 }
@@ -128,22 +143,23 @@ DEVICE void write(const Element (&x)[QUAD], const Places& places, int i, int ins
 template <unsigned reads, unsigned writes, unsigned again, class Each>
 DEVICE void sweep(const Places& places, int count, bool reads_p, Each&& each) {
   constexpr int quads = writes == 0 && count_of(reads) < 3 ? 2 : 1;
-  const bool aligned = (places.vectors & reads) == reads;
+  const unsigned wanted = reads_p ? reads : reads & ~P;
 #pragma unroll 1
   for (int begin = QUAD * int(device::thread()); begin < count; begin += quads * TILE) {
     Quad q[quads][4];
-    const bool vectors = aligned && begin + (quads - 1) * TILE + QUAD <= count;
+    const bool plain = (places.plain & wanted) == wanted && begin + (quads - 1) * TILE + QUAD <= count;
 #pragma unroll
     for (int k = 0; k < quads; ++k) {
       const int left = count - begin - k * TILE;
-      if (vectors || left > 0) fetch<reads, again>(q[k], places, begin + k * TILE, left < QUAD ? left : QUAD, vectors, reads_p);
+      if (k == 0 || left > 0)
+        fetch<reads, again>(q[k], places, begin + k * TILE, left < QUAD ? left : QUAD, plain, reads_p);
     }
 #pragma unroll
     for (int k = 0; k < quads; ++k) {
       const int left = count - begin - k * TILE, inside = left < QUAD ? left : QUAD;
       if (inside <= 0) break;
       Element x[QUAD];
-      elements_of<reads>(x, q[k], places);
+      elements_of<reads>(x, q[k], places, plain);
       each(x, begin + k * TILE, inside);
       if constexpr (writes != 0) write<writes, again>(x, places, begin + k * TILE, inside);
     }
