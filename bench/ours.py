@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     chunk: int = 4096
     whole: int = 1024
     ahead: int = 1 << 20
-    blocks: int = 3
+    blocks: int = 4
     threads: int = 256
     resident: int = 0
 

@@ -5,14 +5,23 @@ any test module. Where there is a GPU the same tests run the compiled kernels.
 """
 
 import os
+from pathlib import Path
 
 import host_cuda
 import pytest
 import torch
 
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("device_*.py")))
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     host_cuda.install()
+
+
+@pytest.fixture
+def engine(request, monkeypatch):
+    """The engine that a file of tests is about, by its ENGINE."""
+    return request.module.ENGINE(monkeypatch)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from device_cases import DEVICE, there
 from engines import all_within, parameters, starts, step, tame
-from triton_cases import DEVICE, MARKS, counters, plans, there
+from triton_cases import MARKS, counters, plans
 
 pytestmark = MARKS
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trust_lion.py"

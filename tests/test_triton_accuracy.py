@@ -1,20 +1,22 @@
-"""Every rule on the Triton engine against float64: the numbers of algorithms.md, section 6."""
+"""Every rule on the Triton engine against float64 (device_accuracy.py, too)."""
 
 import pytest
-from engines import DEFAULT_EPS, NAMED, ONE_PER_RULE, starts, tame, wild
-from triton_cases import MARKS, counters, plans, train, within_twins, written
+from device_accuracy import *  # noqa: F403
+from device_cases import within_twins
+from engines import NAMED, ONE_PER_RULE, starts, tame
+from triton_cases import MARKS, Triton, counters, plans, train
 
 from layerfused import triton_engine
 from layerfused.kernels import sums
 
-pytestmark = MARKS
+ENGINE, pytestmark = Triton, MARKS
 EVERY = pytest.mark.parametrize("name", NAMED)
 SIZES = (0, 1, 7, 8, 65, 63, 300, 64, 129, 128)  # around the 8 elements of a vector, a tile of 64, a chunk of two
 TILE, CHUNK = triton_engine.TILE, triton_engine.CHUNK
 
 
-# Leaves out storage types (test_triton_storage.py), programs that run at once (test_triton_schedules.py) and what more
-# steps accumulate: in each the bits are those of the CPU engine (test_triton_bits.py), which takes 50.
+# Leaves out storage types (device_storage.py), programs that run at once (test_triton_schedules.py) and what more
+# steps accumulate: in each the bits are those of the CPU engine (device_bits.py), which takes 50.
 @pytest.mark.parametrize("grid", [1, 3])
 @EVERY
 def test_accuracy(name, grid, monkeypatch):
@@ -43,39 +45,3 @@ def test_accuracy_of_many_chunks(name, monkeypatch):
     n = 8 * sums.LANES.value + 43
     _, params = train(name, starts((n,)), tame((n,), 1), max_grad_norm=1e9)
     within_twins(params, name, 1)
-
-
-@pytest.mark.all
-@EVERY
-def test_accuracy_after_many_steps(name, monkeypatch):
-    plans(monkeypatch, grid=7)
-    _, params = train(name, starts((7, 300)), tame((7, 300), 50))
-    within_twins(params, name, 50)
-
-
-@pytest.mark.all
-@pytest.mark.parametrize("name", ONE_PER_RULE)
-def test_accuracy_of_large_layers(name):
-    sizes = (1, CHUNK, 5 * CHUNK + 5, 100_003)
-    _, params = train(name, starts(sizes), tame(sizes, 5))
-    within_twins(params, name, 5)
-
-
-# |g| in {0} and [1e-30, 1e15] at default eps; leaves out storage types.
-@pytest.mark.parametrize("scale", [1.0, 0.0], ids=["p", "p=0"])
-@pytest.mark.parametrize("name", [name for name in ONE_PER_RULE if name in DEFAULT_EPS])
-def test_range(name, scale, monkeypatch):
-    sizes = (1, 17, 2049)
-    opt, params = train(name, starts(sizes, scale), wild(sizes, 5))
-    assert all(x.isfinite().all() for x in written(opt).values())
-    within_twins(params, name, 5, "wild", scale)
-
-
-@pytest.mark.all
-@pytest.mark.parametrize("scale", [1.0, 0.0], ids=["p", "p=0"])
-@pytest.mark.parametrize("name", DEFAULT_EPS)
-def test_range_of_every_case(name, scale, monkeypatch):
-    plans(monkeypatch)
-    opt, params = train(name, starts((7, 300), scale), wild((7, 300), 16))
-    assert all(x.isfinite().all() for x in written(opt).values())
-    within_twins(params, name, 16, "wild", scale)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from device_cases import DEVICE, there, written
 from engines import make, parameters, same_bits, starts, step, tame
-from triton_cases import DEVICE, MARKS, counters, exchange, needs_interpreter, plans, there, train, written
+from triton_cases import MARKS, counters, exchange, needs_interpreter, plans, train
 
 import layerfused
 from layerfused import backends

@@ -10,9 +10,10 @@ from threading import Condition, Thread
 import numpy as np
 import pytest
 import triton.language as tl
+from device_cases import written
 from engines import ONE_PER_RULE, same_bits, starts, tame
 from test_engine_bits import mixed
-from triton_cases import MARKS, counters, exchange, needs_interpreter, plans, train, written
+from triton_cases import MARKS, counters, exchange, needs_interpreter, plans, train
 
 from layerfused.kernels import engine
 

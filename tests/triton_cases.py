@@ -1,23 +1,18 @@
-"""What the tests of the Triton engine share: where they run, plans of many items, and the CPU engine as a twin.
+"""What the tests of the Triton engine share, beside device_cases.py: plans of many items, and its interpreter."""
 
-Everything runs on DEVICE: compiled on a GPU, else in Triton's interpreter (conftest.py). Values and gradients come
-from the CPU, results go back there.
-"""
-
+from functools import partial
 from types import ModuleType
 
-import engines
+import device_cases
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from engines import make, parameters, raw, threads
-from test_engine_storage import set_gradient
+from device_cases import DEVICE, Engine
 
 from layerfused import kernels, triton_engine
 from layerfused.kernels import INTERPRETED
-from layerfused.plan import Phase
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [
     pytest.mark.usefixtures("quick_interpreter"),
     # numpy warns of the branch of a `where` that is not taken, and of overflow that the test is about
@@ -81,75 +76,74 @@ def exchange(monkeypatch, name, value):
     return old
 
 
-def there(tensors):
-    return [None if x is None else x.to(DEVICE) for x in tensors]
+class Count:
+    """Bytes loaded and stored within some tensors, and how often each of their bytes was."""
+
+    def __init__(self, monkeypatch):
+        from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+        self.moved = {"load": [], "store": []}
+        for kind in self.moved:
+            name = f"create_masked_{kind}"
+            monkeypatch.setattr(Builder, name, self._spy(kind, getattr(Builder, name)))
+
+    def _spy(self, kind, method):
+        def spied(builder, places, *rest):
+            mask = rest[0] if kind == "load" else rest[1]
+            width = places.get_element_ty().primitive_bitwidth // 8
+            here = places.data[np.broadcast_to(mask.data, places.data.shape)]
+            self.moved[kind].append((here.astype(np.int64).ravel(), width))
+            return method(builder, places, *rest)
+
+        return spied
+
+    def clear(self):
+        for moves in self.moved.values():
+            moves.clear()
+
+    def within(self, tensors, kind):
+        total = 0
+        for x in tensors:
+            first, last = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
+            total += sum(width * int(((at >= first) & (at < last)).sum()) for at, width in self.moved[kind])
+        return total
 
 
-def train(name, values, gradients, groups=None, **more):
-    """As `engines.train`, by the Triton engine."""
-    return engines.train(name, there(values), map(there, gradients), groups, **{"backend": "triton", **more})
+class Triton(Engine):
+    backend = "triton"
+    grids = (1, 2, 3, 7, 7) if DEVICE == "cuda" else (1, 2, 2)  # interpreted, test_triton_schedules.py has 3 and 7
+    tile = whole = property(lambda self: triton_engine.TILE)
+    chunk = property(lambda self: triton_engine.CHUNK)
+
+    def plans(self, tile=64, grid=1):
+        plans(self.monkeypatch, tile, grid)
+
+    def blocks(self, grid):
+        self.monkeypatch.setattr(triton_engine, "programs", lambda device: grid)
+
+    def counters(self, opt):
+        return counters(opt)
+
+    def memory(self, launch):
+        return (*launch._plan, *launch._given, *launch._work, launch.stats, launch.norm)
+
+    def moved(self, opt, tensors):
+        with self.monkeypatch.context() as patch:
+            count = Count(patch)
+            opt.step()
+        return [(count.within([x], "load"), count.within([x], "store")) for x in tensors]
+
+    def sent(self, opt):
+        return [id(launch._sent) for launch in opt._launches]
 
 
-def within_twins(params, *claim):
-    engines.within_twins([p.detach().cpu() for p in params], *claim)
+train = partial(device_cases.train, backend="triton")
 
 
-def written(opt):
-    return {name: value.cpu() for name, value in engines.written(opt).items()}
+def Twins(*arguments, **more):
+    return device_cases.Twins(Triton(None), *arguments, **more)
 
 
 def counters(opt):
     """What every launch must find as zeros."""
-    return torch.cat([launch._work.counters for launch in opt._launches])
-
-
-def same_numbers(a, b):
-    """Bit for bit, but any NaN for any NaN."""
-    assert a.keys() == b.keys()
-    for name in a:
-        x, y = a[name], b[name]
-        assert x.shape == y.shape and x.dtype == y.dtype, name
-        different = (raw(x) != raw(y)) & ~(x.isnan() & y.isnan())
-        assert not different.any(), f"{name}: {x[different][:4]} is not {y[different][:4]}"
-
-
-class Twins:
-    """One optimizer on the CPU engine and on Triton; both go on from the sums that the CPU took.
-
-    Attributes:
-        opts, params: of the CPU, then of Triton.
-    """
-
-    def __init__(self, name, values, groups=None, **more):
-        self.max_norm = more.get("max_grad_norm") or 0.0
-        self.params = parameters(values), parameters(there(values))
-        self.opts = [
-            make(name, groups(params) if groups else params, **{**more, "backend": backend})
-            for backend, params in zip(("cpu", "triton"), self.params, strict=True)
-        ]
-
-    def step(self, grads):
-        """A step in phases; sums and norm agree to 1e-6 (algorithms.md, section 6), everything else bit for bit."""
-        for params, own in zip(self.params, (grads, there(grads)), strict=True):
-            for p, g in zip(params, own, strict=True):
-                set_gradient(p, g)
-        launches = [opt._read() for opt in self.opts]
-        with threads(1):
-            for pair in zip(*launches, strict=True):
-                self._run(pair)
-        same_numbers(written(self.opts[1]), written(self.opts[0]))
-        assert not counters(self.opts[1]).any()
-
-    def _run(self, pair):
-        self._phase(pair, Phase.NORM, "norm") if self.max_norm else None
-        self._phase(pair, Phase.REDUCE, "stats")
-        self._phase(pair, Phase.FINISH)
-        self._phase(pair, Phase.APPLY)
-
-    def _phase(self, pair, phase, result=None):
-        for opt, launch in zip(self.opts, pair, strict=True):
-            launch.run(phase, opt._rows(launch), self.max_norm)
-        if result:
-            one, other = (getattr(launch, result) for launch in pair)
-            torch.testing.assert_close(other.cpu(), one, rtol=1e-6, atol=0, equal_nan=True)
-            other.copy_(one)
+    return torch.cat([launch._work.counters for launch in opt._launches if launch.engine == "triton"])

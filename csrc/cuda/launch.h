@@ -12,10 +12,10 @@ constexpr int THREADS = LAYERFUSED_THREADS;
 #else
 constexpr int THREADS = 256;
 #endif
-constexpr int BLOCKS = 3;               // on each multiprocessor: what 80 registers a thread allow
+constexpr int BLOCKS = 4;               // on each multiprocessor: what 64 registers a thread allow
 constexpr int QUAD = 4;                 // elements that one access moves
 constexpr int TILE = QUAD * THREADS;
-constexpr int WHOLE = TILE;            // a layer of up to so many stays in one block's shared memory between its sweeps
+constexpr int WHOLE = TILE;             // a layer of up to so many stays in one block's shared memory between its sweeps
 constexpr int MAX_SCALARS = 16;         // floats that a rule hands from `finish` to `apply`
 
 // A chunk with all that a block needs to know of its layer: one look instead of two.

@@ -10,7 +10,11 @@
 #include "grid.h"
 
 #if defined(SHIM_THREADS)
-#include <barrier>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
 #include <thread>
 #else
 #include <setjmp.h>
@@ -25,14 +29,10 @@ namespace {
 std::mt19937 generator;
 
 Block make_block(int number, int threads) {
-  Block block{number, threads, {}, {}, std::vector<double>(size_t(threads)), nullptr};
+  Block block{number, threads, {}, {}, std::vector<double>(2 * size_t(threads)), nullptr};
   block.all.size = threads;
   block.warps.resize(size_t(threads / WARP));
   for (Meeting& warp : block.warps) warp.size = WARP;
-#if defined(SHIM_THREADS)
-  block.all.barrier = std::make_shared<std::barrier<>>(threads);
-  for (Meeting& warp : block.warps) warp.barrier = std::make_shared<std::barrier<>>(WARP);
-#endif
   block.memory = std::make_unique<Memory>();
   memset(block.memory->bytes, 0xFF, sizeof(Memory));  // NaN, -1
   return block;
@@ -52,7 +52,20 @@ Self& self() {
   return own;
 }
 void yield() { std::this_thread::yield(); }
-void meet(Meeting& meeting) { static_cast<std::barrier<>*>(meeting.barrier.get())->arrive_and_wait(); }
+
+// As std::barrier, but who waits sleeps at once: libstdc++'s spins first, which with hundreds of threads on a few cores
+// takes most of the time. What was written before is released by the arrival or the round, and acquired by both.
+void meet(Meeting& meeting) {
+  std::atomic_ref<int> arrived(meeting.arrived), now(meeting.round);
+  const int round = now.load(std::memory_order_relaxed);
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) == meeting.size - 1) {
+    arrived.store(0, std::memory_order_relaxed);
+    now.store(round + 1, std::memory_order_release);
+    syscall(SYS_futex, &meeting.round, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+  while (now.load(std::memory_order_acquire) == round)
+    syscall(SYS_futex, &meeting.round, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
+}
 
 void run(int blocks, int threads, const std::function<void()>& kernel) {
   std::vector<Block> grid;
@@ -61,7 +74,7 @@ void run(int blocks, int threads, const std::function<void()>& kernel) {
   for (Block& block : grid)
     for (int t = 0; t < threads; ++t)
       team.emplace_back([&, t] {
-        self() = {&block, t, blocks};
+        self() = {&block, t, blocks, 0};
         kernel();
       });
   for (std::thread& member : team) member.join();
@@ -108,7 +121,7 @@ void yield() {
   if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
 void meet(Meeting& meeting) {
-  const int64_t round = meeting.round;
+  const int round = meeting.round;
   if (++meeting.arrived == meeting.size) meeting.arrived = 0, ++meeting.round;
   while (meeting.round == round) yield();
 }
@@ -121,7 +134,7 @@ void run(int blocks, int threads, const std::function<void()>& kernel) {
   std::vector<std::vector<Fiber>> fibers(static_cast<size_t>(blocks));
   for (int b = 0; b < blocks; ++b) {
     fibers[size_t(b)] = std::vector<Fiber>(size_t(threads));
-    for (int t = 0; t < threads; ++t) fibers[size_t(b)][size_t(t)].self = {&grid[size_t(b)], t, blocks};
+    for (int t = 0; t < threads; ++t) fibers[size_t(b)][size_t(t)].self = {&grid[size_t(b)], t, blocks, 0};
   }
   while (!fibers.empty()) {
     const size_t chosen = generator() % fibers.size();

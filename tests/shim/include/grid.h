@@ -15,11 +15,7 @@ namespace shim {
 constexpr int WARP = 32;
 
 struct Meeting {  // of `size` threads, again and again
-  int size = 0, arrived = 0;
-  int64_t round = 0;
-#if defined(SHIM_THREADS)
-  std::shared_ptr<void> barrier;
-#endif
+  int size = 0, arrived = 0, round = 0;
 };
 
 struct alignas(128) Memory {
@@ -30,13 +26,13 @@ struct Block {
   int number, threads;
   Meeting all;
   std::vector<Meeting> warps;
-  std::vector<double> slots;  // one for each thread, for exchanges between lanes
+  std::vector<double> slots;  // two for each thread, for exchanges between lanes in turn
   std::unique_ptr<Memory> memory;
 };
 
 struct Self {
   Block* block;
-  int thread, blocks;
+  int thread, blocks, exchanges;
 };
 Self& self();
 

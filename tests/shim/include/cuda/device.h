@@ -25,14 +25,13 @@ inline void barrier() { shim::meet(shim::self().block->all); }
 
 template <class T>
 T from_lane(T value, int distance) {
-  shim::Block& block = *shim::self().block;
-  const int me = shim::self().thread, lane = me % shim::WARP;
-  shim::Meeting& warp = block.warps[size_t(me / shim::WARP)];
-  block.slots[size_t(me)] = double(value);
-  shim::meet(warp);
-  const T found = T(block.slots[size_t(lane + distance < shim::WARP ? me + distance : me)]);
-  shim::meet(warp);  // everybody has looked
-  return found;
+  shim::Self& self = shim::self();
+  const int me = self.thread, lane = me % shim::WARP;
+  // who is quick writes its next value beside the one that others have yet to read, and then has to wait for them
+  double* slots = &self.block->slots[size_t(++self.exchanges % 2 * self.block->threads)];
+  slots[me] = double(value);
+  shim::meet(self.block->warps[size_t(me / shim::WARP)]);
+  return T(slots[lane + distance < shim::WARP ? me + distance : me]);
 }
 
 inline uint32_t take(uint32_t* counter) {
