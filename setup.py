@@ -3,7 +3,7 @@
 One description per extension module says which object files it is made of; ninja does the rest: parallel compilation,
 header dependencies, reuse of what is unchanged. No torch headers are used, so a build neither needs torch nor depends
 on its version. The CUDA engine is built where nvcc is found: under CUDA_HOME, on the PATH, or among Python's packages
-(nvidia-cuda-nvcc). Environment variables:
+(nvidia-cuda-nvcc, -cuda-crt, -nvvm and -cuda-runtime, all of one version). Environment variables:
 
     LAYERFUSED_CUDA_ARCHS  what the CUDA engine is built for, as "80 90 100" (the default, as far as nvcc knows them;
                            the last also as PTX, for what comes after), "none" to leave it out
@@ -92,12 +92,14 @@ def cuda_engine(nvcc: str) -> Native:
     includes = shlex.join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
     define = shlex.quote(f'-DLAYERFUSED_CUDA_ARCHS="{" ".join(archs)}"')
     others = [Unit(path.stem, str(path), f"{includes} {define}") for path in files("csrc/cuda/*.cpp")]
+    beside = Path(nvcc).parent.parent / "lib"  # where Python's packages have it, and nvcc itself does not look
+    runtime = f" -L{shlex.quote(str(beside))}" if (beside / "libcudart_static.a").exists() else ""
     quiet = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
     return Native(
         "layerfused._cuda",
         rules + others,
         compile=f"{shlex.quote(nvcc)} -std=c++17 -O3 -fmad=false {quiet} -Icsrc",
-        link=f"{shlex.quote(nvcc)} -shared -cudart=static",
+        link=f"{shlex.quote(nvcc)} -shared -cudart=static{runtime}",
         variant=f"-{'-'.join(archs)}",
     )
 
@@ -196,7 +198,8 @@ class NinjaBuild(build_ext):
         script = folder / "build.ninja"
         script.write_text(ninja_file(self.extensions, folder))
         if subprocess.run([ninja_command(), "-f", str(script)]).returncode:
-            raise CompileError("the native build failed, see the compiler's messages above")
+            hint = "" if len(self.extensions) == 1 else "; LAYERFUSED_CUDA_ARCHS=none leaves the CUDA engine out"
+            raise CompileError(f"the native build failed, see the compiler's messages above{hint}")
         for ext in self.extensions:
             target = self.get_ext_fullpath(ext.name)
             self.mkpath(os.path.dirname(target))

@@ -108,7 +108,7 @@ void Engine::give(const Given& given, cudaStream_t stream) {
   fill(given);
   int64_t first, last;
   range(first, last);
-  if (fresh_ || last - first > MANY) send(stream);
+  if (in_capture(stream) ? last > MANY : fresh_ || last - first > MANY) send(stream);
 }
 
 void Engine::run(unsigned phases, const Conditions& conditions, cudaStream_t stream) {
@@ -179,14 +179,15 @@ void Engine::send(cudaStream_t stream) {
   fresh_ = false, known_ = now_;
 }
 
-// The words that changed go with the launch. One in capture takes them along for itself alone: a replay must not change
-// what eager steps rely on.
+// The words that changed go with the launch. A launch in capture takes along all that fits, for itself alone: so what
+// eager steps send does not reach its replays, nor what it carries eager steps.
 void Engine::put_words(Header& header, cudaStream_t stream) {
   int64_t first, last;
   range(first, last);
-  if (first == last) return;
+  const bool captured = in_capture(stream);
+  if (captured) first = 0, last = std::min<int64_t>(words_.size(), MANY);
   header.first = int32_t(first), header.sent = int32_t(last - first);
-  header.keep = !in_capture(stream);
+  header.keep = !captured && header.sent > 0;
 }
 
 template <int WORDS>
