@@ -161,6 +161,5 @@ class Work:
 
 
 def wide(masks):
-    """Tiles that a sweep asks for at once: as csrc/cuda/tile.h, two where it only reads, and at most two operands."""
-    reads, writes = masks
-    return 2 if not writes and reads.bit_count() < 3 else 1
+    """Tiles that a sweep asks for at once: as csrc/cuda/tile.h, two of a single operand."""
+    return 2 if masks[0].bit_count() == 1 else 1

@@ -71,10 +71,13 @@ RULE_FN float coupled(const S& c) {
 }
 
 template <class R>
-RULE_FN constexpr unsigned with_p(unsigned reads) { return couples<typename R::Scalars> && (reads & G) ? reads | P : reads; }
+RULE_FN constexpr unsigned with_p(unsigned reads) {
+  return couples<typename R::Scalars> && (reads & G) ? reads | P : reads;
+}
 
 // Both sweeps in one: of a layer without stats, or of one that stays on chip.
 template <class R>
-constexpr Sweep both_sweep{R::reduce_sweep.reads | R::apply_sweep.reads, R::reduce_sweep.writes | R::apply_sweep.writes};
+constexpr Sweep both_sweep{R::reduce_sweep.reads | R::apply_sweep.reads,
+                           R::reduce_sweep.writes | R::apply_sweep.writes};
 
 }  // namespace layerfused

@@ -118,7 +118,8 @@ void Engine::run(unsigned phases, const Conditions& conditions, cudaStream_t str
   header.at = tables_, header.words = words_;
   header.at.step = reinterpret_cast<float*>(out.step), header.at.state = reinterpret_cast<double*>(out.state);
   header.at.stats = reinterpret_cast<double*>(out.stats), header.at.report = reinterpret_cast<double*>(out.report);
-  header.at.norm = reinterpret_cast<double*>(out.norm), header.at.skipped = reinterpret_cast<int64_t*>(conditions.skipped);
+  header.at.norm = reinterpret_cast<double*>(out.norm);
+  header.at.skipped = reinterpret_cast<int64_t*>(conditions.skipped);
   header.at.grad_scale = reinterpret_cast<const float*>(conditions.grad_scale);
   header.at.found_inf = reinterpret_cast<const float*>(conditions.found_inf);
   header.items = count_, header.norms = norms_, header.counters = counters_;

@@ -6,92 +6,23 @@
 // slots and finishes the layer; whoever leaves the launch last counts the steps and clears the counters, so that a
 // launch can be replayed as it is. No optimizer is known here by name.
 #pragma once
-#include "cuda/device.h"
-#include "cuda/launch.h"
-#include "cuda/sums.h"
-#include "cuda/tile.h"
+#include "cuda/lookup.h"
 #include "plan.h"
-#include "rule.h"
 
 namespace layerfused::cuda {
 
-constexpr int NONE = -1, STARTED = 8;
-
-// What `apply` reads of a layer that stays on chip. Each thread finds there what it has put there.
-template <class R>
-struct Stash {
-  static constexpr unsigned operands = R::sums + R::minima > 0 ? R::apply_sweep.reads : 0;
-  static constexpr int rows = count_of(operands);
-  float kept[rows > 0 ? rows : 1][rows > 0 ? WHOLE : 1];
-
-  DEVICE static constexpr int row(unsigned operand) { return count_of(operands & (operand - 1)); }
-  DEVICE void put(const Element& x, int i) {
-    if constexpr ((operands & P) != 0) kept[row(P)][i] = x.p;
-    if constexpr ((operands & G) != 0) kept[row(G)][i] = x.g;
-    if constexpr ((operands & M) != 0) kept[row(M)][i] = x.m;
-    if constexpr ((operands & V) != 0) kept[row(V)][i] = x.v;
-  }
-  DEVICE Element get(int i) const {
-    Element x{0, 0, 0, 0};
-    if constexpr ((operands & P) != 0) x.p = kept[row(P)][i];
-    if constexpr ((operands & G) != 0) x.g = kept[row(G)][i];
-    if constexpr ((operands & M) != 0) x.m = kept[row(M)][i];
-    if constexpr ((operands & V) != 0) x.v = kept[row(V)][i];
-    return x;
-  }
-};
-
-// What the threads of a block share: all that is the block's and not a thread's, for registers are short. The halves of
-// a pair are used in turn: one belongs to the item at hand, the other is made ready for the next meanwhile.
-template <class R>
-struct Shared {
-  struct Started {  // a group at one step
-    int32_t group;
-    double time, sign;
-    typename R::Group row;
-    typename R::Scalars scalars;
-  };
-  struct Next {
-    int32_t item;
-    double time;  // the number of this step, from 1
-    Row row;      // its count is 0 where the tensor has no gradient: nothing of it is read, summed or written
-    Places places;
-    Started started[STARTED];  // groups met lately
-
-    DEVICE const Started& own() const { return started[row.group % STARTED]; }
-  } next[2];
-  Stash<R> stash;
-  Board board, combined;
-  double stats[MAX_STATS];
-  typename R::Scalars finished;
-  double factor;  // of clip and loss scale
-  bool happens, last;
-};
-
-// The same bytes as another type.
-template <class To, class From>
-DEVICE To as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "of one size");
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
 template <class R, int WORDS>
-class Block {
+class Block : Lookup<R, WORDS> {
+  using Base = Lookup<R, WORDS>;
+  using Base::at, Base::launch, Base::shared;
+  using Base::begin, Base::look_up, Base::scale, Base::settle, Base::speaks, Base::wait, Base::word;
+  using typename Base::Next;
   using Scalars = typename R::Scalars;
-  using Group = typename R::Group;
   using S = Stats<R::sums, R::minima>;
-  static constexpr int hyper = sizeof(Group) / sizeof(double);
   static_assert(sizeof(Scalars) <= MAX_SCALARS * sizeof(float), "raise MAX_SCALARS");
 
-  const Launch<WORDS>& launch;
-  const Tables& at;
-  Shared<R>& shared;
-  bool began = false;  // whether the norm is known
-
  public:
-  DEVICE Block(const Launch<WORDS>& launch, Shared<R>& shared) : launch(launch), at(launch.at), shared(shared) {}
+  DEVICE Block(const Launch<WORDS>& launch, Shared<R>& shared) : Base(launch, shared) {}
 
   DEVICE void run() {
     const int first = launch.phases & NORM ? 0 : launch.norms;  // the norm's items are passed over
@@ -114,71 +45,14 @@ class Block {
   }
 
  private:
-  using Next = typename Shared<R>::Next;
-
-  // One thread does what a block does once.
-  DEVICE static bool speaks() { return device::thread() == 0; }
-
-  // What the host says
-
-  DEVICE int64_t word(int64_t i) const {
-    const int64_t k = i - launch.first;
-    return k >= 0 && k < launch.sent ? launch.word[k] : at.words[i];
-  }
-  DEVICE double number(int64_t k) const {
-    if (launch.live) {
-      const int64_t place = word(launch.words.place(k));
-      if (place & 1) return *reinterpret_cast<const double*>(place - 1);  // an odd address is one of float64
-      if (place) return *reinterpret_cast<const float*>(place);
-    }
-    return as<double>(word(launch.words.number(k)));
-  }
-  // Where a chunk lies. Once for the block: each thread's registers are for elements.
-  DEVICE void locate(Places& places, Row& row) const {
-    const Words& w = launch.words;
-    const int64_t where[4] = {w.p(row.tensor), w.gradient(row.tensor), w.m(row.tensor), w.v(row.tensor)};
-    const int64_t types = word(w.types(row.tensor));
-    unsigned vectors = 0, plain = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t storage = types >> (8 * k) & 255, size = storage == FP32 ? 4 : 2;
-      const int64_t tensor = word(where[k]), address = tensor + row.start * size;
-      if (k == 1) places.there = tensor != 0;
-      places.at[k] = reinterpret_cast<char*>(address), places.storage[k] = storage;
-      const unsigned fits = (uint64_t(address) & (QUAD * size - 1)) == 0;
-      vectors |= fits << k, plain |= (storage == FP32 ? fits : 0) << k;
-    }
-    places.vectors = vectors, places.plain = plain;
-    if (!places.there) row.count = 0;
-  }
+  bool began = false;  // whether the norm is known
 
   // Items
-
-  // All that is known of an item before it is begun.
-  DEVICE void look_up(Next& next, int ticket) const {
-    next.item = ticket < (launch.phases == NORM ? launch.norms : launch.items) ? at.items[ticket] : NONE;
-    if (next.item == NONE) return;
-    next.row = at.rows[next.item / 4];
-    locate(next.places, next.row);
-    next.time = double(at.step[next.row.tensor]) + 1;
-    if (Kind(next.item % 4) == Kind::norm) return;
-    auto& started = next.started[next.row.group % STARTED];
-    if (started.group != next.row.group || started.time != next.time) start(started, next);
-  }
-
-  DEVICE void start(typename Shared<R>::Started& started, const Next& next) const {
-    const int64_t first = 1 + int64_t(next.row.group) * (1 + hyper);
-    started.group = next.row.group, started.time = next.time, started.sign = number(first);
-    double* row = reinterpret_cast<double*>(&started.row);
-#pragma unroll 1
-    for (int k = 0; k < hyper; ++k) row[k] = number(first + 1 + k);
-    started.scalars = R::start(started.row, next.time);
-  }
 
   DEVICE void work_on(const Next& next) {
     const Kind kind = Kind(next.item % 4);
     if (kind == Kind::norm) return norm_chunk(next);
-    if (!began) begin();
+    if (!began) began = true, begin();
     if (!shared.happens) return;
     if (S::count == 0 || !next.row.adapt) {
       if (launch.phases & APPLY) apply_elementwise(next);
@@ -201,35 +75,6 @@ class Block {
     }
     if (on_chip) apply_on_chip(next);
     else if (kind != Kind::reduce && (launch.phases & APPLY)) apply_chunk(next);
-  }
-
-  DEVICE void begin() {
-    began = true;
-    if (speaks() && (launch.phases & NORM)) wait(at.counters + NORM_READY);  // acquires the norm
-    settle();
-  }
-
-  // Whether the step takes place, and by what gradients are multiplied.
-  DEVICE void settle() {
-    if (speaks()) {
-      bool happens = !at.found_inf || *at.found_inf == 0;
-      double factor = 1;
-      if (launch.clip) {
-        const double norm = *at.norm, most = number(0);
-        happens = happens && norm < INFINITY;  // NaN neither
-        factor = norm > most ? most / norm : 1;
-      }
-      if (at.grad_scale) factor /= double(*at.grad_scale);
-      shared.happens = happens, shared.factor = factor;
-    }
-    device::barrier();  // publishes them to the block
-  }
-
-  // What a gradient is multiplied with: its sign, the clip's factor, and what undoes the loss scale.
-  DEVICE float scale(const Next& next) const { return float(next.own().sign * shared.factor); }
-
-  DEVICE static void wait(const uint32_t* flag) {
-    while (!device::published(flag)) device::pause();
   }
 
   // A gradient as rules see it: with its sign, clipped, with coupled decay.
@@ -389,10 +234,12 @@ class Block {
     const int64_t elements = word(launch.words.elements(row.layer));
     if (elements < 0) return;
     shared.finished = next.own().scalars;
-    const Total layer{shared.stats, double(elements), next.time, true, state(row), at.report + int64_t(row.layer) * R::reports};
+    double* report = at.report + int64_t(row.layer) * R::reports;
+    const Total layer{shared.stats, double(elements), next.time, true, state(row), report};
     R::finish(next.own().row, layer, shared.finished);
     *reinterpret_cast<Scalars*>(at.scalars + int64_t(row.layer) * MAX_SCALARS) = shared.finished;
-    for (int k = 1; at.state && k < row.states; ++k) at.state[row.state + k] = at.state[row.state];  // alike in every member
+    for (int k = 1; at.state && k < row.states; ++k)  // alike in every member of the layer
+      at.state[row.state + k] = at.state[row.state];
   }
 
   // The phase between `reduce` and `apply` by itself: somebody may have changed the stats.
@@ -415,7 +262,8 @@ class Block {
         at.step[k] += float(word(launch.words.types(k)) >> 32 & 1);
       if (!shared.happens && speaks()) *at.skipped += 1;
     }
-    for (int k = device::thread(); launch.keep && k < launch.sent; k += THREADS) at.words[launch.first + k] = launch.word[k];
+    for (int k = device::thread(); launch.keep && k < launch.sent; k += THREADS)
+      at.words[launch.first + k] = launch.word[k];
     for (int k = device::thread(); k < launch.counters; k += THREADS) at.counters[k] = 0;
   }
 };

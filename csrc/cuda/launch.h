@@ -5,6 +5,10 @@
 #include "plan.h"
 #include "rule.h"
 
+#if defined(__CUDACC__) && defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1201
+#error "nvcc 12.1 or newer is needed (LAYERFUSED_CUDA_ARCHS=none builds without the CUDA engine)"
+#endif
+
 namespace layerfused::cuda {
 
 #if defined(LAYERFUSED_THREADS)  // the tests' host build has fewer
@@ -15,7 +19,7 @@ constexpr int THREADS = 256;
 constexpr int BLOCKS = 4;               // on each multiprocessor: what 64 registers a thread allow
 constexpr int QUAD = 4;                 // elements that one access moves
 constexpr int TILE = QUAD * THREADS;
-constexpr int WHOLE = TILE;             // a layer of up to so many stays in one block's shared memory between its sweeps
+constexpr int WHOLE = TILE;             // a layer of up to so many stays in one block's shared memory meanwhile
 constexpr int MAX_SCALARS = 16;         // floats that a rule hands from `finish` to `apply`
 
 // A chunk with all that a block needs to know of its layer: one look instead of two.

@@ -139,10 +139,10 @@ DEVICE void write(const Element (&x)[QUAD], const Places& places, int i, int ins
 }
 
 // Calls each(x, i, inside) for the elements of a chunk, four from the i-th on, and writes what it made of them. A sweep
-// that only reads, and few operands, takes two such quads at once: it has the registers, and needs the bytes under way.
+// of one operand takes two such quads at once: it has the registers, and needs the bytes under way.
 template <unsigned reads, unsigned writes, unsigned again, class Each>
 DEVICE void sweep(const Places& places, int count, bool reads_p, Each&& each) {
-  constexpr int quads = writes == 0 && count_of(reads) < 3 ? 2 : 1;
+  constexpr int quads = count_of(reads) == 1 ? 2 : 1;
   const unsigned wanted = reads_p ? reads : reads & ~P;
 #pragma unroll 1
   for (int begin = QUAD * int(device::thread()); begin < count; begin += quads * TILE) {

@@ -55,7 +55,9 @@ REPORT void __tsan_vptr_update(void**, void*) {}
 REPORT void __tsan_init() {}
 REPORT void __tsan_func_entry(void*) {}
 REPORT void __tsan_func_exit() {}
-REPORT uint32_t __tsan_atomic32_fetch_add(uint32_t* at, uint32_t x, int) { return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST); }
+REPORT uint32_t __tsan_atomic32_fetch_add(uint32_t* at, uint32_t x, int) {
+  return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
+}
 REPORT uint32_t __tsan_atomic32_load(const uint32_t* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
 REPORT void __tsan_atomic32_store(uint32_t* at, uint32_t x, int) { __atomic_store_n(at, x, __ATOMIC_SEQ_CST); }
 REPORT uint8_t __tsan_atomic8_load(const uint8_t* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }

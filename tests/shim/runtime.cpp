@@ -6,6 +6,8 @@
 #include <deque>
 #include <map>
 #include <random>
+#include <set>
+#include <string>
 
 #include "grid.h"
 
@@ -159,11 +161,14 @@ int device = 0, multiprocessors = 2, failing = 0;
 bool deferred = false, capturing = false;
 int64_t queued = 0, done = 0, launches = 0, copies = 0, allocations = 0, waits = 0;
 std::deque<std::function<void()>> queue;
+std::vector<std::function<void()>> captured;
+std::set<const void*> pinned;
 
 // The `failing`-th call from now on fails: of those that can on a healthy device.
 bool fails() { return failing > 0 && --failing == 0; }
 
 void enqueue(std::function<void()> work) {
+  if (capturing) return captured.push_back(std::move(work));
   ++queued;
   queue.push_back(std::move(work));
   while (!deferred && !queue.empty()) queue.front()(), queue.pop_front(), ++done;
@@ -180,7 +185,14 @@ TEST_STEERS void shim_defer(int yes) {
   deferred = yes;
   if (!yes) run_until(queued);
 }
-TEST_STEERS void shim_capture(int yes) { capturing = yes; }
+TEST_STEERS void shim_capture(int yes) {
+  capturing = yes;
+  if (yes) captured.clear();
+}
+// What was captured last is run once more, as it was then.
+TEST_STEERS void shim_replay() {
+  for (const auto& work : captured) enqueue(work);
+}
 TEST_STEERS void shim_fail(int call) { failing = call; }
 TEST_STEERS void shim_current_device(int number) { device = number; }
 TEST_STEERS int shim_device() { return device; }
@@ -212,12 +224,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   if (fails()) return cudaErrorMemoryAllocation;
   ++allocations;
-  return *memory = malloc(bytes), cudaSuccess;
+  pinned.insert(*memory = malloc(bytes));
+  return cudaSuccess;
 }
-cudaError_t cudaFreeHost(void* memory) { return free(memory), cudaSuccess; }
+cudaError_t cudaFreeHost(void* memory) { return pinned.erase(memory), free(memory), cudaSuccess; }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   ++copies;
-  enqueue([=] { memcpy(to, from, bytes); });
+  if (pinned.count(from)) return enqueue([=] { memcpy(to, from, bytes); }), cudaSuccess;
+  const std::string staged(static_cast<const char*>(from), bytes);  // what is not pinned is read before the call returns
+  enqueue([=] { memcpy(to, staged.data(), bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new Event, cudaSuccess; }
