@@ -202,5 +202,5 @@ def run(args):
     built = session.do(build) == PASSED  # even if it has passed: what was built may lie on another machine
     lacks = lacking(built)
     session.document["skipped"] += [{"optimizer": key, "reason": why} for key, why in lacks.items() if why]
-    session.run(gpu_order.ordered(lacks))
+    session.run(gpu_order.ordered(lacks, folder / "results.json"))
     sys.exit(close(session.document, folder))

@@ -6,7 +6,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 
-from .gpu_parts import METRICS, RIVALS, ROOT, Counters, Part, Rows, Sanitizer, Tests, Tune
+from .gpu_parts import METRICS, RIVALS, ROOT, Counters, Model, Part, Rows, Sanitizer, Tests, Tune
 
 BACKENDS = ("cuda", "triton")
 CORE = ("LAMB(max_grad_norm=None)", "AdamW", "LARS", "NovoGrad")
@@ -108,12 +108,14 @@ def counted(lacks):
             yield Counters(f"ncu {text} {backend}", words, 20, 90, lacks[backend] or absent)
 
 
-def ordered(lacks):
+def ordered(lacks, results):
     """All parts behind the build, most important first.
 
     Args:
         lacks: why a backend is not there, "" where it is; by name.
+        results: the file that the parts before have filled.
     """
+    model = (sys.executable, "-m", "bench", "model", "--measured", str(results))
     every_file = [part for name in LATER_TESTS for part in tests(f"test_{name}.py", lacks["triton"])]
     return [
         steps("cuda", lacks["cuda"]),
@@ -127,4 +129,5 @@ def ordered(lacks):
         *{part.name: part for part in every_file}.values(),
         Tune("tune cuda", (), 60, 120, lacks["cuda"]),
         Tune("tune triton", (), 60, 600, lacks["triton"]),
+        Model("model", model, 120, 600),  # last: it needs no GPU, and can be called later as well
     ]

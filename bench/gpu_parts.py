@@ -155,6 +155,13 @@ class Tune(Part):
             shutil.copy(ROOT / SCRATCH / self.file, folder / self.file)
 
 
+class Model(Part):
+    """The predictions of `bench model` beside the rows that have been measured so far."""
+
+    def keep(self, outcome, document, folder):
+        document["model"] = outcome.output.splitlines()
+
+
 def last(outcome):
     """The last line of what was printed."""
     return (outcome.output.strip().splitlines() or [""])[-1]

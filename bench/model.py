@@ -70,7 +70,7 @@ def add_arguments(parser):
     add("--cuda", default="13", help="version that torch is built with: how much one of its launches holds")
     add("--eager", action="store_true", help="L2 writes back at once what is not read again, instead of when it must")
     add("--set", type=change, action="append", default=[], metavar="FIELD=NUMBER", help="of bench/gpus.py")
-    add("--measured", nargs="+", type=Path, default=[], metavar="FILE.json", help="of `step --device cuda`")
+    add("--measured", nargs="+", type=Path, default=[], metavar="FILE.json", help="of `step --device cuda` or `gpu`")
     add("--json", type=Path, metavar="OUT.json")
 
 
@@ -157,8 +157,8 @@ def compared(args):
 def measured_on(path, document, args):
     """The device of a file of measurements, and the limits of its torch."""
     name = document.get("machine", {}).get("gpu")
-    if document.get("bench") != "step" or not name:
-        raise ValueError(f"{path} has no measurements on a GPU: give what `step --device cuda --json` has written")
+    if document.get("bench") not in ("step", "gpu") or not name:
+        raise ValueError(f"{path} has no measurements on a GPU: give what `step --device cuda --json` or `gpu` wrote")
     return changed(recognised(name), dict(args.set)), limits_of(document["machine"].get("cuda") or args.cuda)
 
 

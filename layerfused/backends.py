@@ -49,9 +49,13 @@ def cuda_is_missing() -> str:
 
 @cache
 def unserved_gpu(device: torch.device) -> str:
-    """Why the CUDA engine has no code for a GPU, with the remedy; "" if it has."""
+    """Why the CUDA engine has no code for a device, with the remedy; "" if it has."""
     from ._cuda import ARCHITECTURES
 
+    if device.type != ("cpu" if ARCHITECTURES == "host" else "cuda"):  # "host" is the tests' build
+        return f"the parameter is on {device}: it needs a GPU"
+    if device.type == "cpu":
+        return ""
     built = [divmod(int(arch), 10) for arch in ARCHITECTURES.split()]
     major, minor = found = torch.cuda.get_device_capability(device)
     if found >= built[-1] or any(arch[0] == major and arch[1] <= minor for arch in built):
@@ -66,13 +70,7 @@ def cuda_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
         return cuda_is_missing()
     if not has_native_form(rule):
         return f"rule {rule.name!r} has no native form"
-    from ._cuda import ARCHITECTURES
-
-    if p.device.type != ("cpu" if ARCHITECTURES == "host" else "cuda"):  # "host" is the tests' build
-        return f"the parameter is on {p.device}: it needs a GPU"
-    if p.device.type == "cuda" and unserved_gpu(p.device):
-        return unserved_gpu(p.device)
-    return layout_lacks(group, rule, p)
+    return unserved_gpu(p.device) or layout_lacks(group, rule, p)
 
 
 @cache
@@ -126,10 +124,18 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
 
 def _automatic(group: dict, rule: Rule, p: torch.Tensor) -> str:
     engines = AUTO.get(p.device.type, ())
-    if "cuda" in engines and cuda_is_missing() and triton_is_missing():  # a hundredfold slower than with either
-        reasons = f"{triton_is_missing()}; {cuda_is_missing()}"
-        warnings.warn(f"parameters on {p.device} go to the slow reference engine. {reasons}", stacklevel=2)
+    reasons = [_missing(engine, p.device) for engine in engines]
+    if engines and all(reasons):  # a hundredfold slower than with either
+        text = f"parameters on {p.device} go to the slow reference engine. {'; '.join(reasons)}"
+        warnings.warn(text, stacklevel=2)
     return next((engine for engine in engines if not LACKS[engine](group, rule, p)), "reference")
+
+
+def _missing(engine: str, device: torch.device) -> str:
+    """Why an engine serves nothing at all on a device, with the remedy; "" if it can."""
+    if engine == "cuda":
+        return cuda_is_missing() or unserved_gpu(device)
+    return triton_is_missing() if engine == "triton" else ""
 
 
 def engines_of(group: dict, rule: Rule) -> list[str]:

@@ -155,16 +155,16 @@ def test_failed_rows_are_halved_so_that_one_rule_takes_no_other_along(tmp_path):
 
 
 def test_the_order_is_by_importance():
-    names = [part.name for part in gpu_order.ordered(HERE)]
+    names = [part.name for part in gpu_order.ordered(HERE, "results.json")]
     wanted = ["steps cuda", "rows bert-large fp32 core", "rows resnet50 fp32 core", "memcheck", "racecheck"]
-    wanted += ["ncu AdamW cuda", "rows gpt2 fp32 core", "rows bert-large fp32 rest", "tests/test_triton_gpu.py", "tune triton"]
+    wanted += ["ncu AdamW cuda", "rows gpt2 fp32 core", "rows bert-large fp32 rest", "tests/test_triton_gpu.py", "tune triton", "model"]
     assert [name for name in names if name in wanted] == wanted
     assert len(names) == len(set(names)), "names are what a second run knows parts by"
     assert sum(name.startswith("rows") for name in names) == 5 * 2 * 2
 
 
 def test_without_the_cuda_engine_triton_is_measured_alone():
-    parts = {part.name: part for part in gpu_order.ordered(HERE | {"cuda": "no nvcc"})}
+    parts = {part.name: part for part in gpu_order.ordered(HERE | {"cuda": "no nvcc"}, "results.json")}
     assert "cuda" not in " ".join(parts["rows bert-large fp32 core"].optimizers)
     assert {parts[name].missing for name in ("steps cuda", "memcheck", "ncu AdamW cuda")} == {"no nvcc"}
     assert not parts["steps triton"].missing and not parts["tune triton"].missing
