@@ -54,12 +54,17 @@ def deferred():
 
 @contextmanager
 def capture():
-    """A stream in capture: the engine must not copy, nor leave anything for eager steps."""
+    """A stream in capture: the engine must not copy, nor leave anything for eager steps. What is launched does not run;
+    `replay()` runs it."""
     shim().shim_capture(1)
     try:
         yield
     finally:
         shim().shim_capture(0)
+
+
+def replay():
+    shim().shim_replay()
 
 
 class Watched:

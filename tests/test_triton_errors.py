@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from device_cases import DEVICE, there, written
+from device_cases import there, written
+from device_errors import *  # noqa: F403
+from device_errors import Own
 from engines import make, parameters, same_bits, starts, step, tame
-from triton_cases import MARKS, counters, exchange, needs_interpreter, plans, train
+from triton_cases import MARKS, Triton, counters, exchange, needs_interpreter, plans, train
 
 import layerfused
 from layerfused import backends
 
-pytestmark = MARKS
+ENGINE, pytestmark = Triton, MARKS
 
 # Without Triton
 
@@ -83,29 +85,6 @@ def test_auto_stays_on_the_cpu_engine():
     assert make("lamb", parameters(starts((5,)))).engines == {"cpu": 1}
 
 
-# Parameters that cannot be served
-
-
-def gaps():
-    return torch.nn.Parameter(torch.ones(4, 6, device=DEVICE)[:, ::2])
-
-
-UNSERVED = {
-    "float64": (lambda: torch.ones(3, device=DEVICE).double(), {}, ["(3,)", "not on torch.float64"]),
-    "gaps": (gaps, {}, ["(4, 3)", "strides (6, 2) leave gaps in memory or overlap"]),
-    "rows": (lambda: torch.ones(4, 6, device=DEVICE).t(), {"layer": "slices"}, ["strides (1, 6)", "dimension 0"]),
-}
-
-
-@pytest.mark.parametrize("kind", UNSERVED)
-def test_parameters_that_cannot_be_served(kind):
-    value, options, words = UNSERVED[kind]
-    with pytest.raises(ValueError) as error:
-        layerfused.LAMB([{"params": [value().detach().requires_grad_()], **options}], backend="triton")
-    for word in ("backend='triton' cannot serve", "use 'auto'", *words):
-        assert word in str(error.value)
-
-
 def test_a_group_of_several_types():
     params = parameters(there([torch.ones(3), torch.ones(4).bfloat16()]))
     with pytest.raises(ValueError, match="layer='group' over parameters of several types; use 'auto'"):
@@ -114,21 +93,9 @@ def test_a_group_of_several_types():
     assert opt.traffic()["launches"] == 2
 
 
-class Own(layerfused.LAMB):
-    rule = layerfused.Rule(
-        "own", layerfused.LAMB.rule.hyper, lambda p, *_: (p, {}), layerfused.LAMB.rule.states, layerwise=False
-    )
-
-
 def test_a_rule_without_triton_form():
     with pytest.raises(ValueError, match=r"rule 'own' has no Triton form: give its Rule one \(triton=\); use 'auto'"):
         Own(parameters(there(starts((3,)))), backend="triton")
-
-
-@pytest.mark.parametrize("option", [{"differentiable": True}, {"foreach": True}, {"fused": False}], ids=str)
-def test_options_that_choose_the_reference_engine(option):
-    with pytest.raises(ValueError, match="backend='triton' cannot serve .*: use 'auto'"):
-        layerfused.LAMB(parameters(there(starts((3,)))), backend="triton", **option)
 
 
 @needs_interpreter

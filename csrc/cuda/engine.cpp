@@ -108,7 +108,7 @@ void Engine::give(const Given& given, cudaStream_t stream) {
   fill(given);
   int64_t first, last;
   range(first, last);
-  if (in_capture(stream) ? last > MANY : fresh_ || last - first > MANY) send(stream);
+  if (in_capture(stream) ? first < last && last > MANY : fresh_ || last - first > MANY) send(stream);
 }
 
 void Engine::run(unsigned phases, const Conditions& conditions, cudaStream_t stream) {
