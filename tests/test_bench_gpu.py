@@ -144,7 +144,9 @@ def test_failed_rows_are_halved_so_that_one_rule_takes_no_other_along(tmp_path):
     fake = Fake({"LARS(backend='triton')": Outcome(1, "no such rule")})
     session(tmp_path, fake).run([rows, Part("other", ("other",)), Tune("tune cuda")])
     last = fake.ran.pop()
-    assert "tune --backend cuda" in last and [line.partition("--optimizers ")[2].partition(" ")[0] for line in fake.ran] == [
+    assert "tune --backend cuda" in last and [
+        line.partition("--optimizers ")[2].partition(" ")[0] for line in fake.ran
+    ] == [
         "AdamW(backend='cuda'),LARS(backend='cuda'),AdamW(backend='triton'),LARS(backend='triton')",
         "",
         "AdamW(backend='cuda'),LARS(backend='cuda')",
@@ -157,7 +159,14 @@ def test_failed_rows_are_halved_so_that_one_rule_takes_no_other_along(tmp_path):
 def test_the_order_is_by_importance():
     names = [part.name for part in gpu_order.ordered(HERE, "results.json")]
     wanted = ["steps cuda", "rows bert-large fp32 core", "rows resnet50 fp32 core", "memcheck", "racecheck"]
-    wanted += ["ncu AdamW cuda", "rows gpt2 fp32 core", "rows bert-large fp32 rest", "tests/test_triton_gpu.py", "tune triton", "model"]
+    wanted += [
+        "ncu AdamW cuda",
+        "rows gpt2 fp32 core",
+        "rows bert-large fp32 rest",
+        "tests/test_triton_gpu.py",
+        "tune triton",
+        "model",
+    ]
     assert [name for name in names if name in wanted] == wanted
     assert len(names) == len(set(names)), "names are what a second run knows parts by"
     assert sum(name.startswith("rows") for name in names) == 5 * 2 * 2
