@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitizers
 from cases import FIXED
 from engines import NAMED, ONE_PER_RULE
 
@@ -70,23 +71,10 @@ def drive(module, names=ONE_PER_RULE, preload="", repeat=1, **more):
     }
     job = {"module": str(module), "plan": plan.__file__, "cases": cases, "repeat": repeat}
     job |= {"chunk": 64, "whole": 64, "ahead": 128, "threads": 4, "steps": 3, "withheld": 0, **more}
-    options = {"PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **options}  # spinning workers crawl on a busy machine
     command = [sys.executable, str(DRIVER), json.dumps(job)]
-    if preload:
-        library = subprocess.run(["g++", f"-print-file-name={preload}"], capture_output=True, text=True).stdout.strip()
-        environment["LD_PRELOAD"] = library
-        command = [*without_randomised_addresses(), *command]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = sanitizers.run(command, preload, OMP_WAIT_POLICY="passive")  # spinning workers crawl on a busy machine
     lines = [line.split() for line in done.stdout.splitlines()]
     return {(name, way): hashes for name, way, *hashes in lines}, done
-
-
-def without_randomised_addresses():
-    """Where the kernel randomises more bits than the sanitizers' shadow memory allows for, they do not start."""
-    prefix = ["setarch", platform.machine(), "-R"]
-    works = shutil.which("setarch") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
-    return prefix if works else []
 
 
 @pytest.fixture(scope="module")
