@@ -28,7 +28,7 @@ SPOILED = {  # name -> (what spoils a state_dict of LAMB's, words of the message
     "lr out of range": (spoil_group("lr", -1.0), ["lr", "-1.0", "[0, inf)"]),
     "bad layer": (spoil_group("layer", "row"), ["layer", "'row'"]),
     "rows that do not fit": (spoil_group("layer", (3,)), ["layer", "(7, 5)"]),
-    "engine": (spoil_group("backend", "cuda"), ["cuda"]),
+    "engine": (spoil_group("backend", "tpu"), ["tpu"]),
     "fewer parameters": (spoil_group("params", [0, 1]), ["2", "4"]),
     "another rule": (spoil_group("rule", "lars"), ["'lars'", "'lamb'"]),
     "amsgrad": (spoil_group("amsgrad", True), ["amsgrad"]),

@@ -143,7 +143,7 @@ def test_norms_that_cannot_be_used(backend, norm, words):
 @each_engine
 @pytest.mark.parametrize(
     "key, value",
-    [("layer", "row"), ("layer", (2, 3)), ("backend", "cuda"), ("lr", torch.ones(2)), ("trust_clip", (2, 1))],
+    [("layer", "row"), ("layer", (2, 3)), ("backend", "tpu"), ("lr", torch.ones(2)), ("trust_clip", (2, 1))],
 )
 def test_group_keys_spoiled_between_steps(backend, key, value):
     params = parameters((7, 5), (4, 3))
