@@ -116,6 +116,8 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
         return "reference"
     if asked == "auto":
         return _automatic(group, rule, p)
+    if asked not in LACKS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *LACKS, 'reference')))}, got {asked!r}")
     lacks = LACKS[asked](group, rule, p)
     if lacks:
         raise ValueError(f"backend={asked!r} cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")

@@ -80,11 +80,15 @@ def checksum(paths, *more):
 class HostBuild:
     """The engine for this processor. tests/shim is no dependency ninja knows: its checksum is in the folder's name."""
 
-    def __init__(self, flags):
+    def __init__(self, flags, rules=()):
+        """`rules`: the only ones it has; none named, all."""
         self.environment = {"LAYERFUSED_CXXFLAGS": flags}
         self.setup = setup_py(CUDA_HOME=SHIM, LAYERFUSED_CUDA_ARCHS="host", **self.environment)
         self.extension = cuda_engine(self.setup)
-        self.folder = Path("build", f"host-{checksum((ROOT / SHIM).rglob('*'), flags)}")
+        wanted = {f"rule-{rule}" for rule in rules}
+        left_out = [x for x in self.extension.units if wanted and x.name.startswith("rule-") and x.name not in wanted]
+        self.extension.units = [unit for unit in self.extension.units if unit not in left_out]
+        self.folder = Path("build", f"host-{checksum((ROOT / SHIM).rglob('*'), flags, *sorted(rules))}")
 
     def module(self):
         return make(self.setup, self.extension, self.folder, **self.environment)

@@ -29,6 +29,7 @@ UNDEFINED = f"{ADDRESS},undefined -fno-sanitize-recover=all"
 THREAD = f"{SMALL} -DSHIM_THREADS -fsanitize=thread"
 PRODUCTION = "-O0 -g1 -DSHIM_THREADS -fsanitize=thread"
 FEW, SEEDS = 2, 12  # plans of each rule
+SOME = ["adam-decay", "lars", "lamb", "aida-k1", "setadam-coupled"]  # without and with stats, minima, coupled decay
 RELAXED = "std::atomic_ref<uint32_t>(*{}).store(1, std::memory_order_relaxed);"
 BARRIERS = [  # what they publish. The first of `leave` is not seen: on every way there one has just been passed
     "publishes every warp's number",
@@ -104,23 +105,34 @@ def test_a_plan_has_one_answer(fibers):
     assert all(clean(module, SEEDS, [name]) == only(fibers, [name]) for name in ONE_PER_RULE[::3])
 
 
-@pytest.mark.parametrize("flags", first_of([ADDRESS, UNDEFINED]), ids=["address", "undefined"])
-def test_address_sanitizer(fibers, flags):
-    module = HostBuild(flags).module()
-    assert clean(module, FEW, library="libasan.so") == only(fibers, seeds=FEW)
+def rules_of(names):
+    return [NAMED[name].rule for name in names]
+
+
+# Five rules in the default run, for a build of all takes half a minute of two cores.
+@pytest.mark.parametrize("way", first_of([(ADDRESS, SOME), (UNDEFINED, ONE_PER_RULE)]), ids=["address", "undefined"])
+def test_address_sanitizer(fibers, way):
+    flags, names = way
+    module = HostBuild(flags, rules_of(names)).module()
+    assert clean(module, FEW, names, "libasan.so") == only(fibers, names, FEW)
     _, done = drive(module, FEW, ["lamb"], "libasan.so", withheld=1)  # it would have told
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr
 
 
 @pytest.fixture(scope="module")
 def watched():
-    build = HostBuild(THREAD)
+    build = HostBuild(THREAD, rules_of(SOME))
     return build, build.module()
 
 
-@pytest.mark.parametrize("seeds", first_of([FEW, SEEDS]))
-def test_thread_sanitizer(fibers, watched, seeds):
-    assert clean(watched[1], seeds, library="libtsan.so") == only(fibers, seeds=seeds)
+def test_thread_sanitizer(fibers, watched):
+    assert clean(watched[1], FEW, SOME, "libtsan.so") == only(fibers, SOME, FEW)
+
+
+@pytest.mark.all
+def test_thread_sanitizer_on_every_rule(fibers):
+    module = HostBuild(THREAD).module()
+    assert clean(module, SEEDS, library="libtsan.so") == only(fibers)
 
 
 @pytest.mark.all
