@@ -39,7 +39,7 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: let autograd see the step (reference engine).
         max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
-        backend: "auto", "cpu", "triton" or "reference"; `engines` tells what serves.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
         foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
 
     Raises:
