@@ -27,6 +27,10 @@ class Launch:
     def __init__(self, table: Table, state: dict):
         self.table = table
         self._entries = [state[p] for p in table.params]
+        for name in table.rule.states:
+            types = {entries[name].dtype for entries in self._entries} - STORAGE.keys()
+            if types:  # an engine would take it for another type and write over its memory
+                raise ValueError(f"state {name!r} has dtype {types.pop()}: cast it to float32, bfloat16 or float16")
         self._reader = _cpu.Reader(table.params, self._entries, table.rule.entries, len(table.rule.states))
         self._copies = []
 

@@ -1,4 +1,5 @@
-// Python's door to the CPU engine. Tables come as buffers, memory that torch owns as addresses: no torch headers, so that one build serves every torch.
+// Python's door to the CPU engine. Tables come as buffers, memory that torch owns as addresses: no torch headers, so
+// that one build serves every torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
