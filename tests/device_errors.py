@@ -1,9 +1,11 @@
 """What an engine refuses, before anything is written."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from device_cases import DEVICE, there
-from engines import parameters, starts
+from device_cases import DEVICE, there, written
+from engines import parameters, same_bits, starts, tame
 
 import layerfused
 
@@ -38,3 +40,16 @@ def test_parameters_that_cannot_be_served(kind, engine):
 def test_options_that_choose_the_reference_engine(option, engine):
     with pytest.raises(ValueError, match=f"backend={engine.backend!r} cannot serve .*: use 'auto'"):
         layerfused.LAMB(parameters(there(starts((3,)))), backend=engine.backend, **option)
+
+
+def test_states_of_a_type_that_is_not_served(engine):
+    """The reference keeps float64 states; loaded into another engine they are refused, and nothing is changed."""
+    opt, params = engine.train("lamb", starts((5,)), tame((5,), 1))
+    before, saved = written(opt), deepcopy(opt.state_dict())  # which shares its dicts with the optimizer
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].double()
+    with pytest.raises(ValueError, match="state 'exp_avg' has dtype torch.float64: cast it to float32"):
+        opt.load_state_dict(saved)
+    after = written(opt)
+    for found in (before, after):
+        found.pop("report 0")  # of the last step, which tables built anew have not
+    same_bits(after, before)
