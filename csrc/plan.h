@@ -29,6 +29,7 @@ struct Item {
   int64_t index;
 };
 
-enum Phase : unsigned { NORM = 1, REDUCE = 2, FINISH = 4, APPLY = 8, STEP = 15 };
+// PREDICT: predicted weights from true ones and states, of the last step; with UNCOUNTED of the step under way.
+enum Phase : unsigned { NORM = 1, REDUCE = 2, FINISH = 4, APPLY = 8, STEP = 15, PREDICT = 16, UNCOUNTED = 32 };
 
 }  // namespace layerfused

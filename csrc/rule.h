@@ -5,7 +5,9 @@
 //   moments(c, x)          elementwise, before the sums are taken
 //   stats(c, x, out)       the layer's terms: out.add(k, a, b) sums a*b, out.least(k, a) keeps the minimum
 //   finish(h, layer, c)    once per layer, in double: from sums to the scalars of `apply`
+//   direction(c, x)        where `apply` goes beside the decay, as of m and v; `c.lr` is how far
 //   apply(c, x)            elementwise, after `finish`
+//   recall(h, layer, c)    only where `direction` uses what `finish` found: those scalars, from the layer's report
 // The engine hands in x.g with sign, loss scale, global clip factor and coupled decay (`Scalars::coupled`) applied.
 // `reduce_sweep` and `apply_sweep` name the operands that each of the two sweeps reads and writes.
 #pragma once
@@ -24,7 +26,8 @@ struct Element {
   float p, g, m, v;
 };
 
-enum Operand : unsigned { P = 1, G = 2, M = 4, V = 8 };
+// P is the true weight. Where a launch leads, it lies in a copy, and PREDICTED is the parameter itself.
+enum Operand : unsigned { P = 1, G = 2, M = 4, V = 8, PREDICTED = 16 };
 
 struct Sweep {
   unsigned reads, writes;
@@ -34,10 +37,10 @@ struct Sweep {
 struct Total {
   const double* stats;  // the sums, then the minima, in the order of `stats`
   double elements;      // of the whole layer
-  double t;             // this step's number, from 1
+  double t;             // this step's number, from 1; of `recall` the last step's
   bool adapt;           // false: no layer-wise factor (the stats are not there then)
   double* state;        // the rule's float64 layer state, nullptr if it has none
-  double* report;       // for layer_stats(), in the rule's order
+  double* report;       // for layer_stats(), in the rule's order; kept until the next step
 };
 
 // A binary power, so that host and device agree to the last bit (pow() does not).
@@ -73,6 +76,27 @@ RULE_FN float coupled(const S& c) {
 template <class R>
 RULE_FN constexpr unsigned with_p(unsigned reads) {
   return couples<typename R::Scalars> && (reads & G) ? reads | P : reads;
+}
+
+template <class R, class = void>
+constexpr bool recalls = false;
+template <class R>
+constexpr bool recalls<R, std::void_t<decltype(&R::recall)>> = true;
+
+// The scalars by which `direction` was taken in the last step, with what else the group's row says now.
+template <class R>
+RULE_FN void recall(const typename R::Group& h, const Total& layer, typename R::Scalars& c) {
+  if constexpr (recalls<R>) R::recall(h, layer, c);
+}
+
+// What `direction` needs of memory: the states that `apply` goes by, beside the weight that it starts from.
+template <class R>
+constexpr unsigned predict_reads = P | (R::apply_sweep.reads & (M | V));
+
+// `ahead` steps on from the weight x.p, at the lr in force.
+template <class R>
+RULE_FN float predicted(const typename R::Scalars& c, const Element& x, float ahead) {
+  return x.p - ahead * c.lr * R::direction(c, x);
 }
 
 // Both sweeps in one: of a layer without stats, or of one that stays on chip.

@@ -21,9 +21,10 @@ from .param_groups import param_groups
 from .rule import Rule
 from .setadam import SETAdam
 from .sgd import SGD
+from .xgrad import XGrad
 
 __all__ = [
     "LAMB", "LAMBC", "LARS", "SGD", "AdaBelief", "AdaBeliefNorm", "AdaM3", "Adam", "AdamNorm", "AdamW", "Aida",
-    "LAdaBelief", "LAdam", "NovoGrad", "Optimizer", "Rule", "SETAdam", "param_groups",
+    "LAdaBelief", "LAdam", "NovoGrad", "Optimizer", "Rule", "SETAdam", "XGrad", "param_groups",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -31,6 +31,7 @@ class AdaBelief(Optimizer):
         hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "rectify"),
         states=("exp_avg", "exp_avg_var"),
         reference=reference.adabelief,
+        direction=reference.adabelief_direction,
         layerwise=False,
     )
 

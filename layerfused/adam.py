@@ -9,6 +9,7 @@ RULE = Rule(
     hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled"),
     states=("exp_avg", "exp_avg_sq"),
     reference=reference.adam,
+    direction=reference.adam_direction,
     layerwise=False,
 )
 

@@ -29,6 +29,7 @@ class AdaM3(Optimizer):
         hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled"),
         states=("exp_avg", "exp_avg_sq"),
         reference=reference.adam3,
+        direction=reference.adam3_direction,
         layerwise=False,
     )
     positive_eps = True

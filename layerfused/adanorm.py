@@ -34,6 +34,7 @@ class AdamNorm(Optimizer):
         scalar="exp_grad_norm",
         report=("grad_norm", "norm_ema", "scale"),
         reference=reference.adanorm,
+        direction=reference.adam_direction,
     )
     belief = False
 

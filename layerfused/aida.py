@@ -33,6 +33,7 @@ class Aida(Optimizer):
         states=("exp_avg", "exp_avg_var"),
         report=("grad_norm", "exp_avg_norm", "cos"),
         reference=reference.aida,
+        direction=reference.aida_direction,
     )
     positive_eps = True
 

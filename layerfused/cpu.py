@@ -48,14 +48,19 @@ class CpuLaunch(Launch):
         self._outputs = self._look()
         self._native.set_outputs(*self._outputs)
 
+    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+        super().lead(true, ahead, predicted)
+        columns = (array("q", map(torch.Tensor.data_ptr, tensors or ())) for tensors in (true, predicted))
+        self._native.lead(*columns, ahead)
+
     def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
         """Runs phases of a step; False if it is skipped, and counted, because the gradient norm is not finite."""
         threads = max(1, min(torch.get_num_threads(), self._elements // PER_THREAD))
         happened = self._native.run(phases, self._reader, array("d", chain.from_iterable(rows)), max_norm, threads)
-        if phases & Phase.APPLY:  # until then another phase may read them
+        if phases & (Phase.APPLY | Phase.PREDICT):  # until then another phase may read them
             self._copies = []
             self._reader.release()
-            if not happened and skipped is not None:
+            if phases & Phase.APPLY and not happened and skipped is not None:
                 skipped += 1
         return happened
 

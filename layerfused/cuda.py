@@ -38,16 +38,27 @@ class CudaLaunch(DeviceLaunch):
         self._outputs = self._look()
         self._native.set_outputs(*self._outputs)
         self._addresses, self._types = array("q", bytes(32 * tensors)), array("q", bytes(8 * tensors))
+        self._true = self._predicted = array("q")
 
     def _stream(self) -> int:
         """The current stream, as the number by which the driver knows it."""
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
+    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+        super().lead(true, ahead, predicted)
+        self._true = array("q", map(torch.Tensor.data_ptr, true))
+        self._predicted = array("q", map(torch.Tensor.data_ptr, predicted or ()))
+
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:
         """As `Launch.prepare`: what is too much for a launch's argument is sent now."""
         self._reader.addresses(self._addresses)
         self._reader.types(self._types)
-        self._native.give(self._stream(), self._addresses, self._types, *numbers_of(rows, max_norm))
+        predicted = self._predicted
+        if self.leads:  # the reader knows of the parameters alone
+            predicted = predicted or self._addresses[0::4]
+            self._addresses[0::4] = self._true
+        numbers = numbers_of(rows, max_norm, self.ahead)
+        self._native.give(self._stream(), self._addresses, self._types, *numbers, predicted)
 
     def _run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor) -> None:
         self.prepare(phases, rows, max_norm)

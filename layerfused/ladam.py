@@ -13,6 +13,7 @@ PRE = Rule(
     report=("second_moment",),
     needs_adapt=True,
     reference=reference.ladam_pre,
+    direction=reference.ladam_pre_direction,
 )
 POST = Rule(
     name="ladam_post",
@@ -21,6 +22,7 @@ POST = Rule(
     report=("denominator",),
     needs_adapt=True,
     reference=reference.ladam_post,
+    direction=reference.ladam_post_direction,
 )
 
 

@@ -10,6 +10,7 @@ RULE = Rule(
     states=("exp_avg", "exp_avg_sq"),
     report=("param_norm", "update_norm", "trust_ratio"),
     reference=reference.lamb,
+    direction=reference.lamb_direction,
 )
 
 

@@ -34,6 +34,7 @@ class LARS(Optimizer):
         states=("momentum_buffer",),
         report=("param_norm", "grad_norm", "trust_ratio"),
         reference=reference.lars,
+        direction=reference.lars_direction,
     )
 
     def __init__(

@@ -19,10 +19,12 @@ class Launch:
     Attributes:
         absent, moved: how many parameters had no gradient at the last `read()`, whether any lay elsewhere.
         kinds: the storage types of its gradients, a bit for each.
+        leads, ahead: whether predicted weights are written beside the true ones, and of how many steps ahead.
     """
 
     on_chip = 0  # elements up to which a layer is read and written once, whatever its sweeps
     live = False  # whether hyper-parameters that are tensors on the device are read there
+    leads, ahead = False, 0.0
 
     def __init__(self, table: Table, state: dict):
         self.table = table
@@ -71,6 +73,16 @@ class Launch:
         self.kinds |= 1 << STORAGE[wanted]
         return g
 
+    def lead(self, true: list[torch.Tensor], ahead: float, predicted: list[torch.Tensor] | None = None) -> None:
+        """From now on weights are read and written in `true`, and predicted ones go to `predicted`.
+
+        Args:
+            true: per parameter of the table, a tensor that lies in memory like it.
+            ahead: steps that are predicted; 0 copies.
+            predicted: tensors like `true`; None: the parameters themselves.
+        """
+        self.leads, self.true, self.ahead, self.predicted = True, true, ahead, predicted
+
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:
         """Does what could fail, so that several launches are not left half done by the second's failure."""
 
@@ -113,7 +125,7 @@ class DeviceLaunch(Launch):
         self._run(phases, rows, max_norm, skipped if here else self._unheeded)
         if skipped is not None and not here and phases & Phase.APPLY and max_norm > 0:
             skipped += (~self.norm.isfinite()).to(skipped.device)
-        if phases & Phase.APPLY:  # until then another phase may read them
+        if phases & (Phase.APPLY | Phase.PREDICT):  # until then another phase may read them
             self._copies = []
             self._reader.release()
         return True
@@ -123,12 +135,12 @@ class DeviceLaunch(Launch):
         raise NotImplementedError
 
 
-def numbers_of(rows: list, max_norm: float) -> tuple[array, array]:
-    """`max_norm` and all rows as numbers, and as places: where a number lives on the device, else 0.
+def numbers_of(rows: list, max_norm: float, ahead: float = 1.0) -> tuple[array, array]:
+    """`max_norm`, `ahead` and all rows as numbers, and as places: where a number lives on the device, else 0.
 
     The address of a float64 is made odd. A number that lives on the device is 0 here.
     """
-    values = [max_norm, *chain.from_iterable(rows)]
+    values = [max_norm, ahead, *chain.from_iterable(rows)]
     if not any(isinstance(value, torch.Tensor) for value in values):
         return array("d", values), array("q", bytes(8 * len(values)))
     places = [_place_of(value) if isinstance(value, torch.Tensor) else 0 for value in values]

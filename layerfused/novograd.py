@@ -34,6 +34,7 @@ class NovoGrad(Optimizer):
         report=("grad_norm", "second_moment"),
         needs_adapt=True,
         reference=reference.novograd,
+        direction=reference.novograd_direction,
     )
 
     def __init__(

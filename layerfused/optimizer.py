@@ -70,7 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
-        self._launches = None
+        self._launches, self._tables, self._lead = None, [], None
         super().__init__(params, {**defaults, **common})
         self.defaults["max_grad_norm"] = max_grad_norm
         self._build()
@@ -143,11 +143,16 @@ class Optimizer(torch.optim.Optimizer):
             if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
                 raise ValueError("layer='group' needs states of one type on this engine: load them alike, or cast them")
         tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
+        reports = self._reports()
         for (engine, _, rule, _), lists in members.items():
             tables.append((engine, Table(rule, [self.param_groups[number] for number in lists], list(lists.values()))))
             tables[-1][1].adopt(entries)
+            tables[-1][1].recall(reports)
         self._keep(entries)
+        self._tables = [table for _, table in tables]
         self._launches = [launch_of(engine)(table, self.state) for engine, table in tables]
+        if self._lead:
+            self._lead.guide(self._launches)
         self._entries, self._structure = list(self.state.values()), self._look()
         device = self._params[0].device if self._params else None
         norms = [launch.norm for launch in self._launches]
@@ -165,6 +170,14 @@ class Optimizer(torch.optim.Optimizer):
         for p, own in entries.items():
             self.state[p].clear()
             self.state[p].update(own)
+
+    def _reports(self) -> dict:
+        """What was last reported of each parameter's layers, float64 [layers, reports] on the host."""
+        found = {}
+        for table in self._tables:
+            report = table.report.cpu()
+            found.update((p, report[numbers]) for p, numbers in zip(table.params, table.layers_of(), strict=True))
+        return found
 
     def _look(self) -> list:
         return [(*(group[key] for key in STRUCTURE), self.rule_of(group)) for group in self.param_groups]
@@ -233,6 +246,16 @@ class Optimizer(torch.optim.Optimizer):
             raise
         return [launch for launch in launches if launch.absent < len(launch.table.params)]
 
+    def _predict(self, phases: int = Phase.PREDICT) -> None:
+        """Writes predicted weights where `self._lead` says, for all parameters or for those of the step under way."""
+        launches = self._read()
+        if not phases & Phase.UNCOUNTED:
+            launches = self._launches
+        max_norm = self.defaults["max_grad_norm"] or 0.0 if phases & Phase.UNCOUNTED else 0.0
+        for launch in launches:
+            launch.run(phases, self._rows(launch), max_norm)
+            torch.autograd.graph.increment_version(launch.predicted or launch.table.params)
+
     def _rows(self, launch) -> list[tuple]:
         """A row per group of the launch's table: the gradient's sign, then what the rule's row holds."""
         rows, table = [], launch.table
@@ -300,7 +323,8 @@ class Optimizer(torch.optim.Optimizer):
             Per parameter a dict from name to float, or to a list of floats where the parameter is cut into layers.
             Keys are the parameters' names if the optimizer was built from named parameters, else "group.index".
         """
-        return by_name(self.param_groups, [launch.table for launch in self._current()])
+        self._current()
+        return by_name(self.param_groups, self._tables)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that one step moves when every parameter has a gradient, by the plan's own count, and its launches.
@@ -311,7 +335,7 @@ class Optimizer(torch.optim.Optimizer):
             is found in a cache is the machine's affair); "launches": native calls.
         """
         counts = [
-            traffic(launch.table, self.state, self.defaults["max_grad_norm"] is not None, launch.on_chip)
+            traffic(launch.table, self.state, bool(self.defaults["max_grad_norm"]), launch.on_chip, launch.leads)
             for launch in self._current()
         ]
         totals = {key: sum(count[key] for count in counts) for key in ("compulsory", "requested")}
@@ -319,7 +343,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def workspace_bytes(self) -> int:
         """Bytes held beside parameters, gradients and states."""
-        return sum(launch.workspace_bytes() for launch in self._current())
+        own = sum(launch.workspace_bytes() for launch in self._current())
+        return own + (self._lead.nbytes if self._lead else 0)
 
     # Saving and loading
 
@@ -344,4 +369,4 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._launches = None
+        self._launches, self._tables, self._lead = None, [], None

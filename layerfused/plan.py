@@ -21,6 +21,8 @@ class Phase:
 
     NORM, REDUCE, FINISH, APPLY = 1, 2, 4, 8
     STEP = 15
+    PREDICT = 16  # predicted weights from true ones and states, of the last step
+    UNCOUNTED = 32  # with PREDICT: of a step that is under way
 
 
 class Span(NamedTuple):

@@ -10,6 +10,10 @@ Engines are held against these; float64 and `differentiable=True` run on them. A
     adapt    False leaves the layer-wise factor out; the base rules have none and do not look
     report   what `layer_stats()` shows; with adapt=False no sums are taken and norms read 0 [ours]
 
+`lr, delta = lamb_direction(s, h, t, report)` is where that step went beside the decay, as of the states that it left,
+and what it was multiplied with. Weight prediction goes there again (XGrad, arXiv 2305.18240; for rules that its authors
+have not: [ours]).
+
 Nothing is written in place or read back from a device: derivatives pass through p, g and lr. Sums over a layer and
 what follows from them are float64, elementwise arithmetic has p's dtype. [ours]: no public source gives it.
 """
@@ -61,16 +65,17 @@ def global_norm(grads):
     return root(sum((dot(g, g).to(total.device) for g in grads), total))
 
 
-def momentum(p, g, s, h, t):
-    """What Adam's kin begin with: g with coupled decay, its average m (stored), and the bias corrections."""
+def momentum(p, g, s, h):
+    """What Adam's kin begin with: g with coupled decay, and its average m (stored)."""
     g = g if h.decoupled else g + h.weight_decay * p
     m = s["exp_avg"] = ema(s["exp_avg"], g, h.beta1)
-    return g, m, *corrections(h, t)
+    return g, m
 
 
-def descend(p, u, h, decoupled=False):
+def descend(p, way, h, decoupled=False):
     """p - lr*u, less lr*weight_decay of p where the decay is decoupled (p *= 1 - lr*wd would round wd away)."""
-    return p - (h.lr * u + (h.lr * h.weight_decay) * p if decoupled else h.lr * u)
+    lr, u = way
+    return p - (lr * u + (h.lr * h.weight_decay) * p if decoupled else lr * u)
 
 
 def need(adapt, rule, base):
@@ -78,23 +83,32 @@ def need(adapt, rule, base):
         raise ValueError(f"adapt must be True for {rule}, got {adapt}: nothing of it would be left, use {base}")
 
 
+def buffer_direction(s, h, t, report):
+    return h.lr, s["momentum_buffer"]
+
+
 def sgd(p, g, s, h, t, adapt):
     """SGD with momentum, as torch.optim.SGD: the first buffer is g itself, undamped."""
     g = g + h.weight_decay * p
     buf = s["momentum_buffer"] = g if t == 1 else h.momentum * s["momentum_buffer"] + (1 - h.dampening) * g
-    return descend(p, g + h.momentum * buf if h.nesterov else buf, h), {}
+    return descend(p, (h.lr, g + h.momentum * buf if h.nesterov else buf), h), {}
 
 
 def sgd_plain(p, g, s, h, t, adapt):
     """SGD without momentum, as torch.optim.SGD."""
-    return descend(p, g + h.weight_decay * p, h), {}
+    return descend(p, (h.lr, g + h.weight_decay * p), h), {}
+
+
+def adam_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t)
+    return h.lr, ic1 * s["exp_avg"] / (root(ic2 * s["exp_avg_sq"]) + h.eps)
 
 
 def adam(p, g, s, h, t, adapt):
     """Adam (Kingma & Ba, arXiv 1412.6980, Algorithm 1); decoupled: AdamW (arXiv 1711.05101); as in torch.optim."""
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
-    v = s["exp_avg_sq"] = ema(s["exp_avg_sq"], g * g, h.beta2)
-    return descend(p, ic1 * m / (root(ic2 * v) + h.eps), h, h.decoupled), {}
+    g, m = momentum(p, g, s, h)
+    s["exp_avg_sq"] = ema(s["exp_avg_sq"], g * g, h.beta2)
+    return descend(p, adam_direction(s, h, t, {}), h, h.decoupled), {}
 
 
 def rectification(beta2, t):
@@ -106,17 +120,28 @@ def rectification(beta2, t):
     return ((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)) ** 0.5
 
 
+def adabelief_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t)
+    factor = rectification(h.beta2, t) if h.rectify else 1.0
+    if not factor:
+        return h.lr, ic1 * s["exp_avg"]
+    return h.lr, factor * ic1 * s["exp_avg"] / (root(ic2 * s["exp_avg_var"]) + h.eps)
+
+
 def adabelief(p, g, s, h, t, adapt):
     """AdaBelief (arXiv 2010.07468; author code adabelief-pytorch 0.2): eps accumulates in the state.
 
     Rectified, the step has no denominator while RAdam's length is below 5 [code]; later the outer eps stands beside
     sqrt(ic2*v) as without rectification, not beside sqrt(v) [ours].
     """
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
-    v = s["exp_avg_var"] = ema(s["exp_avg_var"], (g - m) ** 2, h.beta2) + h.eps
-    factor = rectification(h.beta2, t) if h.rectify else 1.0
-    u = factor * ic1 * m / (root(ic2 * v) + h.eps) if factor else ic1 * m
-    return descend(p, u, h, h.decoupled), {}
+    g, m = momentum(p, g, s, h)
+    s["exp_avg_var"] = ema(s["exp_avg_var"], (g - m) ** 2, h.beta2) + h.eps
+    return descend(p, adabelief_direction(s, h, t, {}), h, h.decoupled), {}
+
+
+def adam3_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t)
+    return h.lr, ic1 * s["exp_avg"] / root(ic2 * s["exp_avg_sq"])
 
 
 def adam3(p, g, s, h, t, adapt):
@@ -124,9 +149,13 @@ def adam3(p, g, s, h, t, adapt):
 
     eps is in the state only. The first step is about 10*lr*sign(g) at beta1 = 0.9: warm lr up.
     """
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
-    v = s["exp_avg_sq"] = ema(s["exp_avg_sq"], m * m, h.beta2) + h.eps
-    return descend(p, ic1 * m / root(ic2 * v), h, h.decoupled), {}
+    g, m = momentum(p, g, s, h)
+    s["exp_avg_sq"] = ema(s["exp_avg_sq"], m * m, h.beta2) + h.eps
+    return descend(p, adam3_direction(s, h, t, {}), h, h.decoupled), {}
+
+
+def lars_direction(s, h, t, report):
+    return 1.0 if h.lr_in_momentum else h.lr, s["momentum_buffer"]
 
 
 def lars(p, g, s, h, t, adapt):
@@ -140,9 +169,13 @@ def lars(p, g, s, h, t, adapt):
         ratio = ratio.masked_fill((param_norm == 0) | (grad_norm == 0), 1.0)
     d = (h.lr * ratio if h.lr_in_momentum else ratio) * (g + h.weight_decay * p)
     buf = s["momentum_buffer"] = h.momentum * s["momentum_buffer"] + d
-    u = d + h.momentum * buf if h.nesterov else buf
-    p = p - u if h.lr_in_momentum else descend(p, u, h)
+    p = descend(p, (1.0 if h.lr_in_momentum else h.lr, d + h.momentum * buf if h.nesterov else buf), h)
     return p, {"param_norm": param_norm, "grad_norm": grad_norm, "trust_ratio": ratio}
+
+
+def lamb_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t) if h.bias_correction else (1.0, 1.0)
+    return h.lr, report["trust_ratio"] * (ic1 * s["exp_avg"] / (root(ic2 * s["exp_avg_sq"]) + h.eps))
 
 
 def lamb(p, g, s, h, t, adapt):
@@ -159,7 +192,15 @@ def lamb(p, g, s, h, t, adapt):
     if adapt:
         param_norm, update_norm = norm(p), norm(u)
         ratio = quotient(param_norm, update_norm, 1.0).masked_fill(param_norm == 0, 1.0).clamp(h.lower, h.upper)
-    return descend(p, ratio * u, h), {"param_norm": param_norm, "update_norm": update_norm, "trust_ratio": ratio}
+    return descend(p, (h.lr, ratio * u), h), {
+        "param_norm": param_norm,
+        "update_norm": update_norm,
+        "trust_ratio": ratio,
+    }
+
+
+def novograd_direction(s, h, t, report):
+    return h.lr, s["exp_avg"]
 
 
 def novograd(p, g, s, h, t, adapt):
@@ -169,7 +210,12 @@ def novograd(p, g, s, h, t, adapt):
     v = s["exp_avg_sq"] = torch.where(v == 0, squares, ema(v, squares, h.beta2))
     take = 1 - h.beta1 if h.grad_averaging else 1.0
     m = s["exp_avg"] = h.beta1 * s["exp_avg"] + take * (g / (root(v) + h.eps) + h.weight_decay * p)
-    return descend(p, m, h), {"grad_norm": root(squares), "second_moment": v}
+    return descend(p, (h.lr, m), h), {"grad_norm": root(squares), "second_moment": v}
+
+
+def aida_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t)
+    return h.lr, ic1 * s["exp_avg"] / root(ic2 * s["exp_avg_var"])
 
 
 def aida(p, g, s, h, t, adapt):
@@ -178,7 +224,7 @@ def aida(p, g, s, h, t, adapt):
     Every iterate is a multiple of g or m, so that three sums serve any k: r = b*m - a*g. eps is in the state only.
     k = 0 (and adapt=False) is AdaBelief without its outer eps. cos reads 0 where g or m is 0 [ours].
     """
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
+    g, m = momentum(p, g, s, h)
     a, b, report = 1.0, 1.0, {"grad_norm": 0.0, "exp_avg_norm": 0.0, "cos": 0.0}
     if adapt:
         gg, mm, gm = dot(g, g), dot(m, m), dot(g, m)
@@ -186,17 +232,27 @@ def aida(p, g, s, h, t, adapt):
             ab = a * b * gm  # both projections are of the old pair
             a, b = a * ab / (a * a * gg + h.xi), b * ab / (b * b * mm + h.xi)
         report = {"grad_norm": root(gg), "exp_avg_norm": root(mm), "cos": quotient(gm, root(gg) * root(mm), 0.0)}
-    v = s["exp_avg_var"] = ema(s["exp_avg_var"], (b * m - a * g) ** 2, h.beta2) + h.eps
-    return descend(p, ic1 * m / root(ic2 * v), h, h.decoupled), report
+    s["exp_avg_var"] = ema(s["exp_avg_var"], (b * m - a * g) ** 2, h.beta2) + h.eps
+    return descend(p, aida_direction(s, h, t, report), h, h.decoupled), report
+
+
+def ladam_pre_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t)
+    return h.lr, ic1 / root(ic2 * torch.as_tensor(report["second_moment"])) * s["exp_avg"]
 
 
 def ladam_pre(p, g, s, h, t, adapt):
     """LAdam and LAdaBelief, pre-processing (arXiv 2203.13273 v1-v3; author code): one second moment per layer."""
     need(adapt, "ladam_pre", "Adam or AdaBelief")
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
+    g, m = momentum(p, g, s, h)
     q = g - m if h.belief else g
-    v = s["exp_avg_sq"] = ema(s["exp_avg_sq"], dot(q, q) / max(q.numel(), 1), h.beta2) + h.eps
-    return descend(p, ic1 * m / root(ic2 * v), h, h.decoupled), {"second_moment": v}
+    s["exp_avg_sq"] = ema(s["exp_avg_sq"], dot(q, q) / max(q.numel(), 1), h.beta2) + h.eps
+    report = {"second_moment": s["exp_avg_sq"]}
+    return descend(p, ladam_pre_direction(s, h, t, report), h, h.decoupled), report
+
+
+def ladam_post_direction(s, h, t, report):
+    return h.lr, corrections(h, t)[0] * s["exp_avg"] / report["denominator"]
 
 
 def ladam_post(p, g, s, h, t, adapt):
@@ -206,11 +262,17 @@ def ladam_post(p, g, s, h, t, adapt):
     of 1/(root + eps) would be ruled by one dead element.)
     """
     need(adapt, "ladam_post", "Adam or AdaBelief")
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
+    g, m = momentum(p, g, s, h)
     q, inner = (g - m, h.eps) if h.belief else (g, 0.0)
     v = s["exp_avg_sq"] = ema(s["exp_avg_sq"], q * q, h.beta2) + inner
-    denominator = root(ic2 * v).double().sum() / max(v.numel(), 1) + h.eps
-    return descend(p, ic1 * m / denominator, h, h.decoupled), {"denominator": denominator}
+    report = {"denominator": root(corrections(h, t)[1] * v).double().sum() / max(v.numel(), 1) + h.eps}
+    return descend(p, ladam_post_direction(s, h, t, report), h, h.decoupled), report
+
+
+def setadam_direction(s, h, t, report):
+    ic1, ic2 = corrections(h, t)
+    w = root(ic2 * report["cos"] ** 2 * s["exp_avg_sq"] + h.eps) - h.tau * report["minimum"]
+    return h.lr, ic1 * s["exp_avg"] / w
 
 
 def setadam(p, g, s, h, t, adapt):
@@ -219,14 +281,14 @@ def setadam(p, g, s, h, t, adapt):
     v itself stays Adam's. [ours]: tau = 0.5, eps = 1e-16 (convolutional networks want more), the decoupled option,
     cos = 1 where all v are 0. adapt=False: cos = 1, tau = 0.
     """
-    g, m, ic1, ic2 = momentum(p, g, s, h, t)
+    g, m = momentum(p, g, s, h)
     v = s["exp_avg_sq"] = ema(s["exp_avg_sq"], g * g, h.beta2)
     squared_cosine, minimum = 1.0, 0.0
     if adapt and v.numel() > 0:
         squared_cosine = quotient(v.double().sum() ** 2, v.numel() * dot(v, v), 1.0)
-        minimum = root(ic2 * squared_cosine * v.min() + h.eps)
-    w = root(ic2 * squared_cosine * v + h.eps) - h.tau * minimum
-    return descend(p, ic1 * m / w, h, h.decoupled), {"cos": squared_cosine**0.5, "minimum": minimum}
+        minimum = root(corrections(h, t)[1] * squared_cosine * v.min() + h.eps)
+    report = {"cos": squared_cosine**0.5, "minimum": minimum}
+    return descend(p, setadam_direction(s, h, t, report), h, h.decoupled), report
 
 
 def adanorm(p, g, s, h, t, adapt):
@@ -236,7 +298,6 @@ def adanorm(p, g, s, h, t, adapt):
     rests e.
     """
     g = g if h.decoupled else g + h.weight_decay * p
-    ic1, ic2 = corrections(h, t)
     grad_norm, reach, unit = 0.0, 1.0, 1.0
     if adapt:
         grad_norm = norm(g)
@@ -245,6 +306,6 @@ def adanorm(p, g, s, h, t, adapt):
         reach, unit = torch.where(short, e, 1.0), torch.where(short, grad_norm, 1.0)
     longer = reach * (g / unit)  # reach/unit first could pass float32's range (1e18 over 1e-30)
     m = s["exp_avg"] = ema(s["exp_avg"], longer, h.beta1)
-    v = s["exp_avg_sq"] = ema(s["exp_avg_sq"], (longer - m if h.belief else g) ** 2, h.beta2) + h.eps
+    s["exp_avg_sq"] = ema(s["exp_avg_sq"], (longer - m if h.belief else g) ** 2, h.beta2) + h.eps
     report = {"grad_norm": grad_norm, "norm_ema": s["exp_grad_norm"], "scale": reach / unit}
-    return descend(p, ic1 * m / (root(ic2 * v) + h.eps), h, h.decoupled), report
+    return descend(p, adam_direction(s, h, t, report), h, h.decoupled), report

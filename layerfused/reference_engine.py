@@ -14,7 +14,7 @@ class ReferenceLaunch:
     """Plain torch, layer by layer: slow, exact, differentiable."""
 
     engine = "reference"
-    live, on_chip = False, 0
+    live, on_chip, leads = False, 0, False
     variant = staticmethod(lambda p, entries, rule: ())
 
     def __init__(self, table: Table, state: dict):
@@ -36,6 +36,10 @@ class ReferenceLaunch:
         self.moved = True
         return self._look() == self._layouts
 
+    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+        """As `Launch.lead`."""
+        self.leads, self.true, self.ahead, self.predicted = True, true, ahead, predicted
+
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:
         pass
 
@@ -46,46 +50,68 @@ class ReferenceLaunch:
         return []  # torch's own in-place operations count versions themselves
 
     def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
-        """A whole step, or the phase NORM alone; False if the step is skipped, and counted: the norm is not finite."""
+        """A whole step or its first half, NORM or PREDICT alone; False if it is skipped: the norm is not finite."""
         if phases & Phase.NORM:
             self.norm.copy_(global_norm([p.grad for p in self.table.params if p.grad is not None]))
         if phases == Phase.NORM:
             return True
-        if phases | Phase.NORM != Phase.STEP:
+        if phases | Phase.NORM | Phase.APPLY != Phase.STEP and not phases & Phase.PREDICT:
             raise ValueError("the reference engine runs whole steps only")
         norm = float(self.norm.detach()) if max_norm > 0 else 0.0
         if not norm < float("inf"):
-            if skipped is not None:
+            if skipped is not None and phases & Phase.APPLY:
                 skipped += 1
             return False
+        if phases & Phase.PREDICT:
+            uncounted = bool(phases & Phase.UNCOUNTED)
+            self._predict(rows, uncounted, only_present=uncounted)
+            return True
         traced = self.norm.clone() if torch.is_grad_enabled() else norm  # differentiable: the clip has a derivative
         factor = max_norm / traced if norm > max_norm else 1.0
         updates = [self._update(n, spec, rows[spec.group], factor) for n, spec in enumerate(self.table.layers)]
-        self._write([update for update in updates if update])
+        self._write([update for update in updates if update], bool(phases & Phase.APPLY))
+        if self.leads and phases & Phase.APPLY:
+            self._predict(rows, uncounted=False, only_present=True)
         return True
 
-    def _update(self, number: int, spec, row: tuple, factor: float) -> tuple | None:
-        """One layer's new values, nothing written yet; None if no tensor of it has a gradient."""
+    def _present(self, spans) -> list[Span]:
+        return [span for span in spans if self.table.params[span.tensor].grad is not None]
+
+    def _weights(self, spans: list[Span]) -> list[torch.Tensor]:
+        """What holds the true weights."""
+        return [(self.true if self.leads else self.table.params)[span.tensor] for span in spans]
+
+    def _known(self, number: int, spans: list[Span], row: tuple) -> tuple:
+        """What the rule's functions take of a layer: states, with the last report among them, and the group's row."""
         table, rule = self.table, self.table.rule
-        spans = [span for span in spec.spans if table.params[span.tensor].grad is not None]
-        if not spans:
-            return None
         params = [table.params[span.tensor] for span in spans]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         s = {name: gather(spans, [self.state[p][name] for p in params], dtype) for name in rule.states}
         if rule.scalar:
             s[rule.scalar] = table.scalars[table.layer_slots[number].start].clone()
-        h = SimpleNamespace(**dict(zip(rule.hyper, row[1:], strict=True)))
+        s["report"] = dict(zip(rule.report, table.report[number].clone(), strict=True))
+        return s, SimpleNamespace(**dict(zip(rule.hyper, row[1:], strict=True))), dtype
+
+    def _update(self, number: int, spec, row: tuple, factor: float) -> tuple | None:
+        """One layer's new values, nothing written yet; None if no tensor of it has a gradient."""
+        table, rule = self.table, self.table.rule
+        spans = self._present(spec.spans)
+        if not spans:
+            return None
+        s, h, dtype = self._known(number, spans, row)
         t = int(table.step[spec.spans[0].tensor]) + 1
-        g = gather(spans, [p.grad for p in params], dtype) * (row[0] * factor)
-        p, report = rule.reference(gather(spans, params, dtype), g, s, h, t, spec.stats or not rule.layerwise)
+        g = gather(spans, [table.params[span.tensor].grad for span in spans], dtype) * (row[0] * factor)
+        p, report = rule.reference(
+            gather(spans, self._weights(spans), dtype), g, s, h, t, spec.stats or not rule.layerwise
+        )
         return number, spans, p, s, report
 
-    def _write(self, updates: list[tuple]) -> None:
+    def _write(self, updates: list[tuple], count: bool) -> None:
         table, rule = self.table, self.table.rule
         for number, spans, p, s, report in updates:
             params = [table.params[span.tensor] for span in spans]
-            scatter(spans, p, params)
+            if count:
+                scatter(spans, p, self._weights(spans))
             for name in rule.states:
                 scatter(spans, s[name], [self.state[q][name] for q in params])
             if rule.scalar:
@@ -96,7 +122,21 @@ class ReferenceLaunch:
                     table.report[number, k] = torch.as_tensor(report[name]).detach()
         tensors = {span.tensor for number, *_ in updates for span in table.layers[number].spans}
         with torch.no_grad():
-            table.step[list(tensors)] += 1
+            table.step[list(tensors)] += int(count)
+
+    def _predict(self, rows: list, uncounted: bool, only_present: bool) -> None:
+        """Predictions of all layers, or of the tensors that have a gradient, from what lies in memory."""
+        table, rule = self.table, self.table.rule
+        for number, spec in enumerate(table.layers):
+            spans = self._present(spec.spans) if only_present else list(spec.spans)
+            t = int(table.step[spec.spans[0].tensor]) + uncounted
+            if not spans or t == 0:
+                continue
+            s, h, dtype = self._known(number, spans, rows[spec.group])
+            lr, delta = rule.direction(s, h, t, s["report"])
+            places = self.predicted or table.params
+            predicted = gather(spans, self._weights(spans), dtype) - self.ahead * lr * delta
+            scatter(spans, predicted, [places[span.tensor] for span in spans])
 
 
 def gather(spans: list[Span], tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,8 @@ class Rule:
         needs_adapt: whether nothing of the rule would be left with `adapt=False`.
         reference: the same mathematics in torch, `reference(p, g, s, h, t, adapt) -> (p, report)`
             (see `layerfused.reference`). A rule without another form runs on it anywhere.
+        direction: where a step went beside the decay, from the states that it left, and what it was multiplied with:
+            `lr, delta = direction(s, h, t, report)`; weight prediction (`XGrad`) needs it. None: it cannot be told.
         triton: the same mathematics in Triton, a `layerfused.kernels.Rule`, for a rule of one's own; the rules of this
             package have theirs in `kernels/rules.py`.
     """
@@ -26,6 +28,7 @@ class Rule:
     name: str
     hyper: tuple[str, ...]
     reference: Callable
+    direction: Callable | None = None
     states: tuple[str, ...] = ()
     scalar: str = ""
     report: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ class SETAdam(Optimizer):
         states=("exp_avg", "exp_avg_sq"),
         report=("cos", "minimum"),
         reference=reference.setadam,
+        direction=reference.setadam_direction,
     )
     positive_eps = True
 

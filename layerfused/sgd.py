@@ -27,6 +27,7 @@ class SGD(Optimizer):
         hyper=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
         states=("momentum_buffer",),
         reference=reference.sgd,
+        direction=reference.buffer_direction,
         layerwise=False,
     )
     plain = Rule(name="sgd_plain", hyper=("lr", "weight_decay"), reference=reference.sgd_plain, layerwise=False)

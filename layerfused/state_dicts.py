@@ -95,6 +95,7 @@ def _exchange(optimizer, groups: list[dict], entries: dict) -> None:
         for mine, new in zip(optimizer.param_groups, groups, strict=True):
             mine.update(new)
         optimizer._keep(entries)
+        optimizer._tables = []  # what they report is of another state
         optimizer._build()
     except BaseException:
         for mine, old in zip(optimizer.param_groups, old_groups, strict=True):

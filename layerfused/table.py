@@ -96,6 +96,17 @@ class Table:
                 self._pack(entries, self.rule.scalar, view)
         self.check_steps()
 
+    def recall(self, reports: dict) -> None:
+        """Takes over what was reported of the parameters' layers before, where they are cut as they were."""
+        known = [reports.get(p) for p in self.params]
+        if not self.rule.report or all(rows is None for rows in known):
+            return
+        report = self.report.cpu()
+        for rows, numbers in zip(known, self.layers_of(), strict=True):
+            if rows is not None and rows.shape == (len(numbers), len(self.rule.report)):
+                report[numbers] = rows
+        self.report.copy_(report)
+
     @staticmethod
     def _pack(entries: dict, name: str, view: torch.Tensor) -> None:
         old = entries.get(name)

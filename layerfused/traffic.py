@@ -21,12 +21,13 @@ def sweeps(needs: Needs, row: dict, stats: bool) -> list[tuple[int, int]]:
     return [(reads | 1 if coupled and reads & 2 else reads, writes) for reads, writes in masks]
 
 
-def traffic(table: Table, state: dict, norm: bool, on_chip: int) -> dict[str, int]:
+def traffic(table: Table, state: dict, norm: bool, on_chip: int, leads: bool = False) -> dict[str, int]:
     """Compulsory and requested bytes of a step of one table.
 
     Args:
         table, state: the table and the optimizer's states.
         norm: whether the gradients are read once more for their global norm.
+        leads: whether predicted weights are written beside the true ones.
         on_chip: layers of one tensor and up to this many elements are read and written once whatever their sweeps.
     """
     needs, total = needs_of(table.rule), {"compulsory": 0, "requested": 0}
@@ -41,5 +42,5 @@ def traffic(table: Table, state: dict, norm: bool, on_chip: int) -> dict[str, in
             size = sizes[span.tensor]
             for kind, chosen in (("requested", once if small else masks), ("compulsory", once)):
                 words = (size[k] for mask in chosen for part in mask for k in OPERANDS if part >> k & 1)
-                total[kind] += span.count * (sum(words) + size[1] * norm)
+                total[kind] += span.count * (sum(words) + size[1] * norm + size[0] * leads)
     return total

@@ -10,7 +10,7 @@ import triton.language as tl
 from .forms import triton_form
 from .kernels import INTERPRETED, Spec, engine, tables
 from .launch import STORAGE, DeviceLaunch, numbers_of
-from .plan import make_plan
+from .plan import Phase, make_plan
 from .table import Table, state_dtype
 
 TILE = 1024  # elements in registers at once, a power of 2; a layer of up to so many is read once and written once
@@ -62,8 +62,8 @@ class TritonLaunch(DeviceLaunch):
     def _make_given(self) -> None:
         """One stretch of memory for all that the host says, so that one copy brings it to the device."""
         tensors, layers = len(self.table.params), len(self.table.layers)
-        row = 1 + len(self.table.groups) * (1 + len(self.table.rule.hyper))
-        sizes = (4 * tensors, tensors, layers, row, row)
+        row = 2 + len(self.table.groups) * (1 + len(self.table.rule.hyper))
+        sizes = (4 * tensors, tensors, layers, row, row, tensors * self.leads)
         begins = [0]
         for size in sizes:
             begins.append(begins[-1] + size + size % 2)  # each at a multiple of 16 bytes
@@ -72,10 +72,19 @@ class TritonLaunch(DeviceLaunch):
         self._device = torch.zeros_like(self._host_tensor, device=self.device)
         view, parts = memoryview(self._host), list(zip(begins, sizes, strict=False))
         here = [view[begin : begin + size] for begin, size in parts]
-        self._addresses, self._counted, self._elements, self._row, self._place = here
+        self._addresses, self._counted, self._elements, self._row, self._place, self._ahead = here
         there = [self._device[begin : begin + size] for begin, size in parts]
         there[3] = there[3].view(torch.float64)
         self._given, self._sent, self._present = tables.Given(*there), b"", None
+
+    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+        led = self.leads
+        super().lead(true, ahead, predicted)
+        self._led = [None if tensors is None else addresses_of(tensors) for tensors in (true, predicted)]
+        if not led:
+            present = self._present or [True] * len(true)
+            self._make_given()
+            self._count(present)
 
     # The step
 
@@ -123,8 +132,10 @@ class TritonLaunch(DeviceLaunch):
         return tables.Table(self._plan, self._given, kept, self._work)
 
     def _spec(self, phases: int, clip: bool, live: bool) -> Spec:
-        storage, rule = (self._storage[0], self._gradients, *self._storage[1:]), self.table.rule
-        return spec_of(self._form, rule.hyper, storage, TILE, phases, clip, live, bool(rule.scalar), self._mixed)
+        rule, p, *states = self.table.rule, *self._storage
+        g = tl.float32 if phases & Phase.PREDICT else self._gradients  # not looked at
+        rest = TILE, phases, clip, live, bool(rule.scalar), self._mixed, self.leads
+        return spec_of(self._form, rule.hyper, (p, g, *states), *rest)
 
     def _launch(self, table: tables.Table, spec: Spec) -> None:
         grid = (min(self._items, programs(self.device)),)
@@ -140,8 +151,12 @@ class TritonLaunch(DeviceLaunch):
 
     def _send(self, rows: list, max_norm: float) -> bool:
         """Brings what the host says to the device if it has changed; whether some value lives there already."""
-        numbers, places = numbers_of(rows, max_norm)
+        numbers, places = numbers_of(rows, max_norm, self.ahead)
         self._reader.addresses(self._addresses)
+        if self.leads:
+            own, (true, predicted) = self._addresses[::4], self._led
+            self._ahead[:] = own if predicted is None else predicted
+            own[:] = true
         self._place[:] = places
         self._row.cast("B").cast("d")[:] = numbers
         now = self._host.tobytes()
@@ -167,6 +182,10 @@ class TritonLaunch(DeviceLaunch):
     def workspace_bytes(self) -> int:
         tensors = (*self._plan, *self._work, self._device, self.stats, self.table.report, self.norm)
         return self._reader.workspace_bytes + len(self._host) * 8 + sum(x.nbytes for x in tensors)
+
+
+def addresses_of(tensors: list[torch.Tensor]) -> array:
+    return array("q", map(torch.Tensor.data_ptr, tensors))
 
 
 @cache

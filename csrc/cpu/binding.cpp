@@ -24,12 +24,13 @@ T* at(int64_t address) { return reinterpret_cast<T*>(address); }
 struct Bound {
   std::unique_ptr<Engine> engine;
   std::vector<int64_t> m, v, m_storage, v_storage;
+  std::vector<int64_t> p, predicted;  // of true and of predicted weights where it leads, else empty
 };
 
 std::unique_ptr<Bound> make(const std::string& rule, py::buffer items, py::buffer chunks, py::buffer layers,
                             int64_t tensors) {
   auto engine = std::make_unique<Engine>(rule, rows<Item>(items), rows<Chunk>(chunks), rows<Layer>(layers), tensors);
-  return std::make_unique<Bound>(Bound{std::move(engine), {}, {}, {}, {}});
+  return std::make_unique<Bound>(Bound{std::move(engine), {}, {}, {}, {}, {}, {}});
 }
 
 void set_states(Bound& bound, py::buffer m, py::buffer m_storage, py::buffer v, py::buffer v_storage) {
@@ -46,10 +47,22 @@ void set_outputs(Bound& bound, int64_t step, int64_t state, int64_t stats, int64
   bound.engine->out = {at<float>(step), at<double>(state), at<double>(stats), at<double>(report), at<double>(norm)};
 }
 
+// From now on the weights at addresses `p` are read and written, and predictions of them written to `predicted`, which
+// may be empty: to the parameters.
+void lead(Bound& bound, py::buffer p, py::buffer predicted, float ahead) {
+  bound.p = rows<int64_t>(p), bound.predicted = rows<int64_t>(predicted), bound.engine->ahead = ahead;
+  const size_t tensors = size_t(bound.engine->tensors());
+  if (bound.p.size() != tensors || (!bound.predicted.empty() && bound.predicted.size() != tensors))
+    throw std::invalid_argument("true and predicted weights need one address per tensor");
+}
+
 bool run(Bound& bound, unsigned phases, const Reader& reader, py::buffer groups, double max_norm, int threads) {
   Engine& engine = *bound.engine;
   if (int64_t(reader.p.size()) != engine.tensors()) throw std::invalid_argument("reader and plan differ in tensors");
-  engine.p = {reader.p.data(), reader.p_storage.data()};
+  const bool leads = !bound.p.empty();
+  engine.p = {leads ? bound.p.data() : reader.p.data(), reader.p_storage.data()};
+  engine.predicted = {!leads ? nullptr : bound.predicted.empty() ? reader.p.data() : bound.predicted.data(),
+                      reader.p_storage.data()};
   engine.g = {reader.g.data(), reader.g_storage.data()};
   const std::vector<double> table = rows<double>(groups);
   if (table.size() % size_t(engine.rule().hyper + 1)) throw std::invalid_argument("rows do not fit the rule");
@@ -104,6 +117,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def(py::init(&make))
       .def("set_states", &set_states)
       .def("set_outputs", &set_outputs)
+      .def("lead", &lead)
       .def("run", &run)
       .def_property_readonly("workspace_bytes", [](const Bound& bound) { return bound.engine->workspace_bytes(); });
 }

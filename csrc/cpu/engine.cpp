@@ -98,6 +98,7 @@ void Engine::run_item(const Item& item, Worker& worker) {
     return;
   }
   if (phases_ == NORM) return;
+  if (phases_ & PREDICT) return predict_item(item);
   if (phases_ & NORM) {  // acquires factor_ and skip_
     wait_until([this] { return norm_arrivals_.ready.load(std::memory_order_acquire); });
   }
@@ -159,7 +160,10 @@ int64_t Engine::live_elements(const Layer& layer) const {
   return elements;
 }
 
-double Engine::time(const Layer& layer) const { return double(out.step[chunks_[layer.first].tensor]) + 1; }
+// The number of the step at hand; of the last one where no step is under way.
+double Engine::time(const Layer& layer) const {
+  return double(out.step[chunks_[layer.first].tensor]) + (phases_ == PREDICT ? 0 : 1);
+}
 
 const Scalars& Engine::start(const Layer& layer, Started& started) const {
   if (started.group != group(layer) || started.t != time(layer)) {
@@ -171,17 +175,54 @@ const Scalars& Engine::start(const Layer& layer, Started& started) const {
 
 template <class Run>
 void Engine::sweep(const Chunk& chunk, Sweep operands, Run&& run) const {
-  Pass pass({&p, &g, &m, &v}, chunk, operands);
+  Pass pass({&p, &g, &m, &v, &predicted}, chunk, operands);
   while (pass.left() > 0) {
-    run(pass.open());
+    run(pass.open(), pass);
     pass.close();
   }
+}
+
+// A prediction starts from what is stored, so that it is the same bits when it is made from memory later.
+void Engine::update(const Chunk& chunk, Sweep operands, Update plain, Update leading, const Scalars& c) const {
+  const float factor = scale(layers_[chunk.layer]);
+  if (!leads()) return sweep(chunk, operands, [&](const Stretch& x, const Pass&) { plain(c, factor, 0, x); });
+  operands.writes |= PREDICTED;
+  sweep(chunk, operands, [&](const Stretch& x, const Pass& pass) {
+    const bool wide = pass.storage(0) == FP32 && pass.storage(2) == FP32 && pass.storage(3) == FP32;
+    if (wide) return leading(c, factor, ahead, x);
+    plain(c, factor, 0, x);
+    round_as_stored(x.tile.p, pass.storage(0), x.n);
+    if (operands.writes & M) round_as_stored(x.tile.m, pass.storage(2), x.n);
+    if (operands.writes & V) round_as_stored(x.tile.v, pass.storage(3), x.n);
+    kernels_.predict(c, ahead, x);
+  });
+}
+
+void Engine::predict_item(const Item& item) const {
+  if (skip_) return;
+  if (item.kind == Kind::apply) predict_chunk(chunks_[item.index]);
+  if (item.kind != Kind::whole) return;
+  const Layer& layer = layers_[item.index];
+  for (int64_t c = layer.first; c < layer.first + layer.chunks; ++c) predict_chunk(chunks_[c]);
+}
+
+// From the last step's numbers; before the first there is nowhere to go.
+void Engine::predict_chunk(const Chunk& chunk) const {
+  const Layer& layer = layers_[chunk.layer];
+  if (time(layer) == 0 || ((phases_ & UNCOUNTED) && !g.address[chunk.tensor])) return;
+  double* state = out.state ? out.state + layer.state : nullptr;
+  Scalars c;
+  kernels_.start(group(layer), time(layer), c);
+  kernels_.recall(group(layer), {nullptr, double(layer.elements), time(layer), has_stats(layer), state,
+                                 out.report + chunk.layer * kernels_.reports}, c);
+  sweep(chunk, {kernels_.predict_reads, PREDICTED},
+        [&](const Stretch& x, const Pass&) { kernels_.predict(c, ahead, x); });
 }
 
 void Engine::norm_chunk(const Chunk& chunk, int64_t slot) {
   double lanes[LANES] = {};
   if (g.address[chunk.tensor])
-    sweep(chunk, {G, 0}, [&](const Stretch& stretch) { add_squares(lanes, stretch.tile.g, stretch.n); });
+    sweep(chunk, {G, 0}, [&](const Stretch& stretch, const Pass&) { add_squares(lanes, stretch.tile.g, stretch.n); });
   norm_partials_[slot] = fold(lanes);
   if (norm_arrivals_.count.fetch_add(1, std::memory_order_acq_rel) + 1 < int64_t(chunks_.size())) return;
   *out.norm = std::sqrt(sum_tree(0, int64_t(chunks_.size()), [&](int64_t c) { return norm_partials_[c]; }));
@@ -205,7 +246,7 @@ void Engine::reduce_chunk(const Chunk& chunk, int64_t slot, Worker& worker) {
     Sweep operands = kernels_.reduce_sweep;
     if (kernels_.coupled(c) != 0) operands.reads |= P;
     const float factor = scale(layer);
-    sweep(chunk, operands, [&](const Stretch& stretch) { kernels_.reduce(c, factor, stretch, lanes); });
+    sweep(chunk, operands, [&](const Stretch& stretch, const Pass&) { kernels_.reduce(c, factor, stretch, lanes); });
   }
   double* partial = &partials_[slot * kernels_.stats()];
   for (int k = 0; k < kernels_.sums; ++k) partial[k] = fold(lanes.sum[k]);
@@ -251,9 +292,7 @@ void Engine::finish_phase() {
 
 void Engine::apply_chunk(const Chunk& chunk) {
   if (!g.address[chunk.tensor]) return;
-  const Scalars& c = scalars_[chunk.layer];
-  const float factor = scale(layers_[chunk.layer]);
-  sweep(chunk, kernels_.apply_sweep, [&](const Stretch& stretch) { kernels_.apply(c, factor, stretch); });
+  update(chunk, kernels_.apply_sweep, kernels_.apply, kernels_.apply_leading, scalars_[chunk.layer]);
 }
 
 // A layer without stats has nothing to wait for: each of its chunks finishes for itself.
@@ -265,8 +304,7 @@ void Engine::apply_elementwise(const Chunk& chunk, Worker& worker) {
   double* state = out.state ? out.state + layer.state : nullptr;
   Scalars c = start(layer, worker.started);
   kernels_.finish(group(layer), {nullptr, double(layer.elements), time(layer), false, state, report}, c);
-  const float factor = scale(layer);
-  sweep(chunk, kernels_.both_sweep(), [&](const Stretch& stretch) { kernels_.both(c, factor, stretch); });
+  update(chunk, kernels_.both_sweep(), kernels_.both, kernels_.both_leading, c);
 }
 
 // A step counts for all tensors of a layer as soon as one of them had a gradient.

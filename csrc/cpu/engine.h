@@ -26,6 +26,8 @@ class Engine {
          int64_t tensors);
 
   Column p, g, m, v;
+  Column predicted;  // where the launch leads: the parameters, p being a copy with the true weights
+  float ahead = 0;   // how many steps on is predicted
   Outputs out{};
 
   // `groups` holds a row per group: the sign of the gradient, then the rule's hyper-parameters.
@@ -75,8 +77,12 @@ class Engine {
   double time(const Layer&) const;
   const double* group(const Layer& layer) const { return groups_ + layer.group * (kernels_.hyper + 1) + 1; }
   float scale(const Layer& layer) const { return float(groups_[layer.group * (kernels_.hyper + 1)] * factor_); }
+  bool leads() const { return predicted.address != nullptr; }
   template <class Run>
   void sweep(const Chunk&, Sweep operands, Run&& run) const;
+  void update(const Chunk&, Sweep operands, Update plain, Update leading, const Scalars&) const;
+  void predict_item(const Item&) const;
+  void predict_chunk(const Chunk&) const;
 
   const Kernels& kernels_;
   std::vector<Item> items_;

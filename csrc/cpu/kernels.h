@@ -10,7 +10,7 @@
 namespace layerfused {
 
 constexpr int LANES = 16;  // accumulators per sum: fixed, so that every instruction set adds in the same order
-constexpr int MAX_SUMS = 4, MAX_MINIMA = 2, MAX_STATS = MAX_SUMS + MAX_MINIMA, MAX_REPORTS = 4;
+constexpr int MAX_SUMS = 4, MAX_MINIMA = 2, MAX_STATS = MAX_SUMS + MAX_MINIMA, MAX_REPORTS = 8;
 constexpr int64_t TILE = 2048;  // elements per call of a sweep: four fp32 operands of it fit L1
 
 struct Lanes {
@@ -20,7 +20,7 @@ struct Lanes {
 
 // A tile's operands in fp32: the tensor's own memory, or a converted copy.
 struct Tile {
-  float *p, *g, *m, *v;
+  float *p, *g, *m, *v, *predicted;
 };
 
 // One call of a sweep: what it works on, and what it asks the memory for meanwhile.
@@ -34,6 +34,9 @@ struct alignas(64) Scalars {
   float values[16];
 };
 
+// An update with the gradient times `scale`; a leading one writes the prediction `ahead` steps on, too.
+using Update = void (*)(const Scalars&, float scale, float ahead, const Stretch&);
+
 struct Kernels {
   const char* name;
   int hyper, sums, minima, reports;
@@ -41,10 +44,12 @@ struct Kernels {
   Sweep reduce_sweep, apply_sweep;
   void (*start)(const double* group, double t, Scalars&);
   void (*finish)(const double* group, const Total&, Scalars&);
+  void (*recall)(const double* group, const Total&, Scalars&);
   float (*coupled)(const Scalars&);
   void (*reduce)(const Scalars&, float scale, const Stretch&, Lanes&);
-  void (*apply)(const Scalars&, float scale, const Stretch&);
-  void (*both)(const Scalars&, float scale, const Stretch&);
+  Update apply, apply_leading, both, both_leading;
+  unsigned predict_reads;
+  void (*predict)(const Scalars&, float ahead, const Stretch&);
 
   int stats() const { return sums + minima; }
   // Moments and update in one sweep, for layers without stats.

@@ -21,6 +21,13 @@ CLONES void from_float(void* to, const float* from, int64_t storage, int64_t n) 
     for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(from[i]);
 }
 
+CLONES void round_as_stored(float* x, int64_t storage, int64_t n) {
+  if (storage == BF16)
+    for (int64_t i = 0; i < n; ++i) x[i] = bf16_to_float(float_to_bf16(x[i]));
+  else if (storage == FP16)
+    for (int64_t i = 0; i < n; ++i) x[i] = fp16_to_float(float_to_fp16(x[i]));
+}
+
 CLONES void add_squares(double (&lanes)[LANES], const float* x, int64_t n) {
   double sum[LANES];
   for (int j = 0; j < LANES; ++j) sum[j] = lanes[j];

@@ -28,7 +28,7 @@ RULE_FN void store(const Tile& tile, int64_t i, const Element& x) {
 }
 
 // Calls element(i, lane) for each i below n. The lanes of a row are what the vectoriser works on.
-template <class F>
+template <bool leads = false, class F>
 RULE_FN void for_each(const Stretch& stretch, F&& element) {
   const Tile ahead = stretch.ahead;
   const int64_t n = stretch.n;
@@ -38,6 +38,7 @@ RULE_FN void for_each(const Stretch& stretch, F&& element) {
     __builtin_prefetch(ahead.g + i);
     __builtin_prefetch(ahead.m + i);
     __builtin_prefetch(ahead.v + i);
+    if constexpr (leads) __builtin_prefetch(ahead.predicted + i, 1);
 #pragma GCC ivdep
 #pragma GCC unroll 1  // unrolled before the vectoriser sees it, this loop becomes scalar code (5 times slower)
     for (int j = 0; j < LANES; ++j) element(i + j, j);
@@ -79,17 +80,27 @@ CLONES void reduce(const Scalars& erased, float scale, const Stretch& stretch, L
     for (int j = 0; j < LANES; ++j) lanes.least[k][j] = minimum[k][j];
 }
 
-template <class R, bool with_moments>
-CLONES void update(const Scalars& erased, float scale, const Stretch& stretch) {
+template <class R, bool with_moments, bool leads>
+CLONES void update(const Scalars& erased, float scale, [[maybe_unused]] float ahead, const Stretch& stretch) {
   constexpr Sweep operands = with_moments ? both_sweep<R> : R::apply_sweep;
   constexpr unsigned reads = with_p<R>(operands.reads);
   const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
   const Tile tile = stretch.tile;
-  for_each(stretch, [&](int64_t i, int) RULE_LAMBDA {
+  for_each<leads>(stretch, [&](int64_t i, int) RULE_LAMBDA {
     Element x = load<R, reads>(c, scale, tile, i);
     if constexpr (with_moments) R::moments(c, x);
     R::apply(c, x);
     store<operands.writes>(tile, i, x);
+    if constexpr (leads) tile.predicted[i] = predicted<R>(c, x, ahead);
+  });
+}
+
+template <class R>
+CLONES void predict(const Scalars& erased, float ahead, const Stretch& stretch) {
+  const auto c = reinterpret_cast<const typename R::Scalars&>(erased);
+  const Tile tile = stretch.tile;
+  for_each<true>(stretch, [&](int64_t i, int) RULE_LAMBDA {
+    tile.predicted[i] = predicted<R>(c, load<R, predict_reads<R>>(c, 1, tile, i), ahead);
   });
 }
 
@@ -106,12 +117,16 @@ struct Register {
   static void finish(const double* group, const Total& layer, Scalars& c) {
     R::finish(*reinterpret_cast<const Group*>(group), layer, reinterpret_cast<S&>(c));
   }
+  static void recall_of(const double* group, const Total& layer, Scalars& c) {
+    recall<R>(*reinterpret_cast<const Group*>(group), layer, reinterpret_cast<S&>(c));
+  }
   static float coupled_of(const Scalars& c) { return coupled(reinterpret_cast<const S&>(c)); }
 
   explicit Register(const char* name) {
     static const Kernels kernels{name, int(sizeof(Group) / sizeof(double)), R::sums, R::minima, R::reports, couples<S>,
-                                 R::reduce_sweep, R::apply_sweep, start, finish, coupled_of, reduce<R>,
-                                 update<R, false>, update<R, true>};
+                                 R::reduce_sweep, R::apply_sweep, start, finish, recall_of, coupled_of, reduce<R>,
+                                 update<R, false, false>, update<R, false, true>, update<R, true, false>,
+                                 update<R, true, true>, predict_reads<R>, predict<R>};
     rules().push_back(&kernels);
   }
 };

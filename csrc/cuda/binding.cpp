@@ -22,10 +22,11 @@ std::unique_ptr<Engine> make(const std::string& rule, py::buffer items, py::buff
 cudaStream_t stream_of(uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void give(Engine& engine, uint64_t stream, py::buffer addresses, py::buffer types, py::buffer numbers,
-          py::buffer places) {
+          py::buffer places, py::buffer predicted) {
   const cuda::Words& w = engine.words();
   engine.give({column<int64_t>(addresses, 4 * w.tensors, "addresses"), column<int64_t>(types, w.tensors, "types"),
-               column<double>(numbers, w.numbers, "numbers"), column<int64_t>(places, w.numbers, "places")},
+               column<double>(numbers, w.numbers, "numbers"), column<int64_t>(places, w.numbers, "places"),
+               predicted.request().size ? column<int64_t>(predicted, w.tensors, "predicted") : nullptr},
               stream_of(stream));
 }
 

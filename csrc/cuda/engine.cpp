@@ -42,7 +42,7 @@ std::vector<const Kernels*>& rules() {
 Engine::Engine(const std::string& rule, const std::vector<Item>& items, const std::vector<Chunk>& chunks,
                const std::vector<Layer>& layers, int64_t tensors, int64_t groups)
     : kernels_(find(rule)), members_(layers.size()),
-      words_{tensors, int64_t(layers.size()), 1 + groups * (1 + kernels_.hyper)} {
+      words_{tensors, int64_t(layers.size()), ROWS + groups * (1 + kernels_.hyper)} {
   narrow(int64_t(chunks.size()) * 4, "chunks");
   for (const Item& item : items) {
     const bool whole = item.kind == Kind::whole;  // the index is the layer's, which has one chunk
@@ -123,7 +123,7 @@ void Engine::run(unsigned phases, const Conditions& conditions, cudaStream_t str
   header.at.grad_scale = reinterpret_cast<const float*>(conditions.grad_scale);
   header.at.found_inf = reinterpret_cast<const float*>(conditions.found_inf);
   header.items = count_, header.norms = norms_, header.counters = counters_;
-  header.phases = phases, header.clip = conditions.clip, header.live = live_;
+  header.phases = phases, header.clip = conditions.clip, header.live = live_, header.leads = leads_;
   put_words(header, stream);
   const auto status =
       header.sent <= FEW ? launch(header, kernels_.few, stream) : launch(header, kernels_.many, stream);
@@ -140,12 +140,14 @@ void Engine::fill(const Given& given) {
     changed |= (gradient != 0) != (row[1] != 0);
     gradient = row[1];
     now_[words_.p(i)] = row[0], now_[words_.m(i)] = row[2], now_[words_.v(i)] = row[3];
+    now_[words_.predicted(i)] = given.predicted ? given.predicted[i] : 0;
     int64_t& types = now_[words_.types(i)];
     types = (types & int64_t(1) << 32) | given.types[i];
   }
   for (int64_t k = 0; k < words_.numbers; ++k)
     now_[words_.number(k)] = given.places[k] ? 0 : bits_of(given.numbers[k]), now_[words_.place(k)] = given.places[k];
   live_ = std::any_of(given.places, given.places + words_.numbers, [](int64_t place) { return place != 0; });
+  leads_ = given.predicted != nullptr;
   if (changed) count_layers();
 }
 

@@ -17,8 +17,9 @@ struct Outputs {
 struct Given {
   const int64_t* addresses;  // [tensors, 4] of p, g, m, v; 0 is an operand that is not there
   const int64_t* types;      // [tensors] their storage types, a byte each
-  const double* numbers;     // max_norm, then a row per group: the gradient's sign and the hyper-parameters
+  const double* numbers;     // max_norm, ahead, then a row per group: the gradient's sign and the hyper-parameters
   const int64_t* places;     // of each number: where it lives on the device (odd: as float64), or 0
+  const int64_t* predicted;  // [tensors] where predicted weights go; nullptr: none are made
 };
 
 // Whether and how a step takes place: addresses on the device, the last two may be 0.
@@ -68,6 +69,7 @@ class Engine {
   std::vector<int64_t> now_, known_;  // words as the host has them, and as the device has
   bool fresh_ = true;                 // whether the device has none yet
   bool live_ = false;                 // whether some number lives on the device
+  bool leads_ = false;                // whether predicted weights are written
   Ring ring_;
 };
 

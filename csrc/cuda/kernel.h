@@ -54,6 +54,10 @@ class Block : Lookup<R, WORDS> {
     if (kind == Kind::norm) return norm_chunk(next);
     if (!began) began = true, begin();
     if (!shared.happens) return;
+    if (launch.phases & PREDICT) {
+      if (kind != Kind::reduce) predict_chunk(next);
+      return;
+    }
     if (S::count == 0 || !next.row.adapt) {
       if (launch.phases & APPLY) apply_elementwise(next);
     } else if constexpr (S::count > 0) {
@@ -150,7 +154,10 @@ class Block : Lookup<R, WORDS> {
     device::barrier();  // publishes scalars and moments to the block
     const float factor = scale(next);
     sweep<with_p<R>(operands.reads), operands.writes, 0>(
-        next.places, row.count, true, [&](Element(&x)[QUAD], int, int) { update(x, shared.finished, factor); });
+        next.places, row.count, true, [&](Element(&x)[QUAD], int i, int inside) {
+          update(x, shared.finished, factor);
+          if (launch.leads) predict(x, shared.finished, next.places, i, inside);
+        });
   }
 
   DEVICE static void update(Element (&x)[QUAD], const Scalars& c, float factor) {
@@ -187,6 +194,7 @@ class Block : Lookup<R, WORDS> {
         x[j] = shared.stash.get(i + j);
         R::apply(shared.finished, x[j]);
       }
+      if (launch.leads) predict(x, shared.finished, next.places, i, count - i < QUAD ? count - i : QUAD);
       write<R::apply_sweep.writes, 0>(x, next.places, i, count - i < QUAD ? count - i : QUAD);
     }
   }
@@ -205,14 +213,39 @@ class Block : Lookup<R, WORDS> {
     }
     const float factor = scale(next);
     sweep<with_p<R>(operands.reads), operands.writes, 0>(
-        next.places, row.count, true, [&](Element(&x)[QUAD], int, int) {
+        next.places, row.count, true, [&](Element(&x)[QUAD], int i, int inside) {
 #pragma unroll
           for (int j = 0; j < QUAD; ++j) {
             prepare(x[j], c, factor);
             R::moments(c, x[j]);
             R::apply(c, x[j]);
           }
+          if (launch.leads) predict(x, c, next.places, i, inside);
         });
+  }
+
+  // Predictions
+
+  // From what is stored, so that it is the same bits when it is made from memory later.
+  DEVICE void predict(const Element (&x)[QUAD], const Scalars& c, const Places& places, int i, int inside) const {
+    float ahead[QUAD];
+#pragma unroll
+    for (int j = 0; j < QUAD; ++j) ahead[j] = predicted<R>(c, as_stored(x[j], places), shared.ahead);
+    write_one<0, 4>(ahead, places, i, inside);
+  }
+
+  // From the last step's numbers.
+  DEVICE void predict_chunk(const Next& next) {
+    const Row& row = next.row;
+    if (speaks()) {
+      shared.finished = next.own().scalars;
+      double* report = at.report + int64_t(row.layer) * R::reports;
+      layerfused::recall<R>(next.own().row, Total{nullptr, 0, next.time, row.adapt != 0, state(row), report}, shared.finished);
+    }
+    device::barrier();  // publishes the layer's scalars to the block
+    sweep<predict_reads<R>, 0, 0>(next.places, row.count, true, [&](Element(&x)[QUAD], int i, int inside) {
+      predict(x, shared.finished, next.places, i, inside);
+    });
   }
 
   // Layers

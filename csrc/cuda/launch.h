@@ -33,7 +33,7 @@ struct alignas(16) Row {
 // What the host says of a step, as 8-byte words: integers, addresses and doubles. What changes most often comes first,
 // so that one short range of words covers it.
 struct Words {
-  int64_t tensors, layers, numbers;  // how many; `numbers` is max_norm and the rows of all groups
+  int64_t tensors, layers, numbers;  // how many; `numbers` is MAX_NORM, AHEAD and the rows of all groups
 
   RULE_FN int64_t gradient(int64_t tensor) const { return tensor; }
   RULE_FN int64_t number(int64_t k) const { return tensors + k; }
@@ -44,8 +44,12 @@ struct Words {
   RULE_FN int64_t p(int64_t tensor) const { return types(tensor) + tensors; }
   RULE_FN int64_t m(int64_t tensor) const { return types(tensor) + 2 * tensors; }
   RULE_FN int64_t v(int64_t tensor) const { return types(tensor) + 3 * tensors; }
-  RULE_FN int64_t size() const { return 5 * tensors + 2 * numbers + layers; }
+  RULE_FN int64_t predicted(int64_t tensor) const { return types(tensor) + 4 * tensors; }
+  RULE_FN int64_t size() const { return 6 * tensors + 2 * numbers + layers; }
 };
+
+// What comes before the rows.
+enum Number : int64_t { MAX_NORM = 0, AHEAD = 1, ROWS = 2 };
 
 // Memory on the device.
 struct Tables {
@@ -75,6 +79,7 @@ struct Header {
   int32_t items, norms, counters;
   uint32_t phases;
   bool clip, live, keep;  // `live`: some number lives on the device; `keep`: the words sent are for later launches too
+  bool leads;             // predicted weights go to Words::predicted, and those at Words::p are the true ones
   int32_t first, sent;    // the range of words that came with the argument
 };
 

@@ -46,12 +46,13 @@ class Lookup {
   // Where a chunk lies. Once for the block: each thread's registers are for elements.
   DEVICE void locate(Places& places, Row& row) const {
     const Words& w = launch.words;
-    const int64_t where[4] = {w.p(row.tensor), w.gradient(row.tensor), w.m(row.tensor), w.v(row.tensor)};
+    const int64_t where[Places::OPERANDS] = {w.p(row.tensor), w.gradient(row.tensor), w.m(row.tensor), w.v(row.tensor),
+                                             w.predicted(row.tensor)};
     const int64_t types = word(w.types(row.tensor));
     unsigned vectors = 0, plain = 0;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t storage = types >> (8 * k) & 255, size = storage == FP32 ? 4 : 2;
+    for (int k = 0; k < Places::OPERANDS; ++k) {
+      const uint32_t storage = types >> (8 * (k % 4)) & 255, size = storage == FP32 ? 4 : 2;  // the fifth's is p's
       const int64_t tensor = word(where[k]), address = tensor + row.start * size;
       if (k == 1) places.there = tensor != 0;
       places.at[k] = reinterpret_cast<char*>(address), places.storage[k] = storage;
@@ -59,7 +60,7 @@ class Lookup {
       vectors |= fits << k, plain |= (storage == FP32 ? fits : 0) << k;
     }
     places.vectors = vectors, places.plain = plain;
-    if (!places.there) row.count = 0;
+    if (!places.there && launch.phases != PREDICT) row.count = 0;
   }
 
   // All that is known of an item before it is begun.
@@ -68,14 +69,15 @@ class Lookup {
     if (next.item == NONE) return;
     next.row = at.rows[next.item / 4];
     locate(next.places, next.row);
-    next.time = double(at.step[next.row.tensor]) + 1;
+    next.time = double(at.step[next.row.tensor]) + (launch.phases == PREDICT ? 0 : 1);
+    if (next.time == 0) next.row.count = 0;  // before the first step there is nothing to predict
     if (Kind(next.item % 4) == Kind::norm) return;
     auto& started = next.started[next.row.group % STARTED];
     if (started.group != next.row.group || started.time != next.time) start(started, next);
   }
 
   DEVICE void start(typename Shared<R>::Started& started, const Next& next) const {
-    const int64_t first = 1 + int64_t(next.row.group) * (1 + hyper);
+    const int64_t first = ROWS + int64_t(next.row.group) * (1 + hyper);
     started.group = next.row.group, started.time = next.time, started.sign = number(first);
     double* row = reinterpret_cast<double*>(&started.row);
 #pragma unroll 1
@@ -94,12 +96,12 @@ class Lookup {
       bool happens = !at.found_inf || *at.found_inf == 0;
       double factor = 1;
       if (launch.clip) {
-        const double norm = *at.norm, most = number(0);
+        const double norm = *at.norm, most = number(MAX_NORM);
         happens = happens && norm < INFINITY;  // NaN neither
         factor = norm > most ? most / norm : 1;
       }
       if (at.grad_scale) factor /= double(*at.grad_scale);
-      shared.happens = happens, shared.factor = factor;
+      shared.happens = happens, shared.factor = factor, shared.ahead = float(number(AHEAD));
     }
     device::barrier();  // publishes them to the block
   }

@@ -58,6 +58,7 @@ struct Shared {
   double stats[MAX_STATS];
   typename R::Scalars finished;
   double factor;  // of clip and loss scale
+  float ahead;    // steps that are predicted
   bool happens, last;
 };
 

@@ -14,10 +14,11 @@ using device::Use;
 
 RULE_FN constexpr int count_of(unsigned operands) { return operands ? int(operands & 1) + count_of(operands >> 1) : 0; }
 
-// A chunk's operands in memory: p, g, m, v.
+// A chunk's operands in memory: p, g, m, v, and where its prediction goes.
 struct Places {
-  char* at[4];
-  uint32_t storage[4];
+  static constexpr int OPERANDS = 5;
+  char* at[OPERANDS];
+  uint32_t storage[OPERANDS];
   unsigned vectors;  // the operands that vectors can move
   unsigned plain;    // those of them that are fp32, and need no conversion
   bool there;        // whether the tensor has a gradient
@@ -136,6 +137,15 @@ DEVICE void write(const Element (&x)[QUAD], const Places& places, int i, int ins
   if constexpr ((writes & P) != 0) write_one<again, 0>(p, places, i, inside);
   if constexpr ((writes & M) != 0) write_one<again, 2>(m, places, i, inside);
   if constexpr ((writes & V) != 0) write_one<again, 3>(v, places, i, inside);
+}
+
+DEVICE float as_stored(float x, uint32_t storage) {
+  if (storage == BF16) return bf16_to_float(float_to_bf16(x));
+  return storage == FP16 ? fp16_to_float(float_to_fp16(x)) : x;
+}
+
+DEVICE Element as_stored(const Element& x, const Places& places) {
+  return {as_stored(x.p, places.storage[0]), x.g, as_stored(x.m, places.storage[2]), as_stored(x.v, places.storage[3])};
 }
 
 // Calls each(x, i, inside) for the elements of a chunk, four from the i-th on, and writes what it made of them. A sweep

@@ -7,7 +7,7 @@ namespace layerfused {
 
 struct adanorm {
   struct Group { double lr, beta1, beta2, eps, weight_decay, gamma, belief, decoupled; };
-  struct Scalars { float coupled, c1, c2, ic2, eps, step, decay, belief, reach, unit; };
+  struct Scalars { float coupled, c1, c2, ic1, ic2, eps, lr, decay, belief, reach, unit; };
   static constexpr Sweep reduce_sweep{G, 0}, apply_sweep{P | G | M | V, P | M | V};
   enum { GG };
   static constexpr int sums = 1, minima = 0, reports = 3;
@@ -15,7 +15,7 @@ struct adanorm {
   static RULE_FN Scalars start(const Group& h, double t) {
     const bool decoupled = h.decoupled != 0;
     return {float(decoupled ? 0 : h.weight_decay), float(1 - h.beta1), float(1 - h.beta2),
-            float(correction(h.beta2, t)), float(h.eps), float(h.lr * correction(h.beta1, t)),
+            float(correction(h.beta1, t)), float(correction(h.beta2, t)), float(h.eps), float(h.lr),
             float(decoupled ? h.lr * h.weight_decay : 0), float(h.belief), 1, 1};
   }
   static RULE_FN void moments(const Scalars&, Element&) {}
@@ -33,12 +33,15 @@ struct adanorm {
     c.reach = float(reach), c.unit = float(unit);  // their product can pass fp32's range: 1e18 over 1e-30
     layer.report[0] = norm, layer.report[1] = *layer.state, layer.report[2] = reach * unit;
   }
+  static RULE_FN float direction(const Scalars& c, const Element& x) {
+    return c.ic1 * x.m / (root(c.ic2 * x.v) + c.eps);
+  }
   static RULE_FN void apply(const Scalars& c, Element& x) {
     const float lengthened = c.reach * (c.unit * x.g);
     average(x.m, c.c1, lengthened);
     average(x.v, c.c2, square(c.belief != 0 ? lengthened - x.m : x.g));
     x.v += c.eps;
-    x.p -= c.step * x.m / (root(c.ic2 * x.v) + c.eps) + c.decay * x.p;
+    x.p -= c.lr * direction(c, x) + c.decay * x.p;
   }
 };
 

@@ -6,7 +6,7 @@ namespace layerfused {
 
 struct aida {
   struct Group { double lr, beta1, beta2, eps, weight_decay, k, xi, decoupled; };
-  struct Scalars { float coupled, c1, c2, ic2, eps, step, decay, a, b; };
+  struct Scalars { float coupled, c1, c2, ic1, ic2, eps, lr, decay, a, b; };
   static constexpr Sweep reduce_sweep{G | M, M}, apply_sweep{P | G | M | V, P | V};
   enum { GG, MM, GM };
   static constexpr int sums = 3, minima = 0, reports = 3;
@@ -14,7 +14,7 @@ struct aida {
   static RULE_FN Scalars start(const Group& h, double t) {
     const bool decoupled = h.decoupled != 0;
     return {float(decoupled ? 0 : h.weight_decay), float(1 - h.beta1), float(1 - h.beta2),
-            float(correction(h.beta2, t)), float(h.eps), float(h.lr * correction(h.beta1, t)),
+            float(correction(h.beta1, t)), float(correction(h.beta2, t)), float(h.eps), float(h.lr),
             float(decoupled ? h.lr * h.weight_decay : 0), 1, 1};
   }
   static RULE_FN void moments(const Scalars& c, Element& x) { average(x.m, c.c1, x.g); }
@@ -39,10 +39,11 @@ struct aida {
     c.a = float(a), c.b = float(b);
     layer.report[0] = norm_g, layer.report[1] = norm_m, layer.report[2] = cosine;
   }
+  static RULE_FN float direction(const Scalars& c, const Element& x) { return c.ic1 * x.m / root(c.ic2 * x.v); }
   static RULE_FN void apply(const Scalars& c, Element& x) {
     average(x.v, c.c2, square(c.b * x.m - c.a * x.g));
     x.v += c.eps;
-    x.p -= c.step * x.m / root(c.ic2 * x.v) + c.decay * x.p;
+    x.p -= c.lr * direction(c, x) + c.decay * x.p;
   }
 };
 

@@ -8,15 +8,15 @@ namespace layerfused {
 
 struct ladam_post {
   struct Group { double lr, beta1, beta2, eps, weight_decay, belief, decoupled; };
-  struct Scalars { float coupled, c1, c2, belief, inner_eps, step, decay; };
+  struct Scalars { float coupled, c1, c2, belief, inner_eps, lr, decay, scale; };
   static constexpr Sweep reduce_sweep{G | M | V, M | V}, apply_sweep{P | M, P};
   enum { ROOT };
   static constexpr int sums = 1, minima = 0, reports = 1;
 
-  static RULE_FN Scalars start(const Group& h, double t) {
+  static RULE_FN Scalars start(const Group& h, double) {
     const bool decoupled = h.decoupled != 0;
     return {float(decoupled ? 0 : h.weight_decay), float(1 - h.beta1), float(1 - h.beta2), float(h.belief),
-            float(h.belief != 0 ? h.eps : 0), float(h.lr * correction(h.beta1, t)), float(decoupled ? h.lr * h.weight_decay : 0)};
+            float(h.belief != 0 ? h.eps : 0), float(h.lr), float(decoupled ? h.lr * h.weight_decay : 0), 0};
   }
   static RULE_FN void moments(const Scalars& c, Element& x) {
     average(x.m, c.c1, x.g);
@@ -28,11 +28,15 @@ struct ladam_post {
   }
   static RULE_FN void finish(const Group& h, const Total& layer, Scalars& c) {
     const double mean = layer.elements > 0 ? layer.stats[ROOT] / layer.elements : 0;
-    const double denominator = std::sqrt(correction(h.beta2, layer.t)) * mean + h.eps;
-    c.step = float(denominator != 0 ? h.lr * correction(h.beta1, layer.t) / denominator : 0);
-    layer.report[0] = denominator;
+    layer.report[0] = std::sqrt(correction(h.beta2, layer.t)) * mean + h.eps;
+    recall(h, layer, c);
   }
-  static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.step * x.m + c.decay * x.p; }
+  static RULE_FN void recall(const Group& h, const Total& layer, Scalars& c) {
+    const double denominator = layer.report[0];
+    c.scale = float(denominator != 0 ? correction(h.beta1, layer.t) / denominator : 0);
+  }
+  static RULE_FN float direction(const Scalars& c, const Element& x) { return c.scale * x.m; }
+  static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.lr * direction(c, x) + c.decay * x.p; }
 };
 
 }  // namespace layerfused

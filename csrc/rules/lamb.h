@@ -8,7 +8,7 @@ struct lamb {
   struct Group {
     double lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, lower, upper;
   };
-  struct Scalars { float c1, take, c2, ic1, ic2, eps, weight_decay, step; };
+  struct Scalars { float c1, take, c2, ic1, ic2, eps, weight_decay, lr, ratio; };
   static constexpr Sweep reduce_sweep{P | G | M | V, M | V}, apply_sweep{P | M | V, P};
   enum { PP, UU };
   static constexpr int sums = 2, minima = 0, reports = 3;
@@ -17,15 +17,16 @@ struct lamb {
     const bool corrected = h.bias_correction != 0;
     return {float(1 - h.beta1), float(h.grad_averaging != 0 ? 1 : 1 / (1 - h.beta1)), float(1 - h.beta2),
             float(corrected ? correction(h.beta1, t) : 1), float(corrected ? correction(h.beta2, t) : 1),
-            float(h.eps), float(h.weight_decay), float(h.lr)};
+            float(h.eps), float(h.weight_decay), float(h.lr), 1};
   }
   static RULE_FN void moments(const Scalars& c, Element& x) {
     average(x.m, c.c1, c.take * x.g);
     average(x.v, c.c2, square(x.g));
   }
-  static RULE_FN float update(const Scalars& c, const Element& x) {
-    return c.ic1 * x.m / (root(c.ic2 * x.v) + c.eps) + c.weight_decay * x.p;
+  static RULE_FN float adam(const Scalars& c, const Element& x) {
+    return c.ic1 * x.m / (root(c.ic2 * x.v) + c.eps);
   }
+  static RULE_FN float update(const Scalars& c, const Element& x) { return adam(c, x) + c.weight_decay * x.p; }
   template <class Out> static RULE_FN void stats(const Scalars& c, const Element& x, Out& out) {
     const float u = update(c, x);
     out.add(PP, x.p, x.p);
@@ -38,10 +39,12 @@ struct lamb {
       if (norm_p != 0 && norm_u != 0) ratio = norm_p / norm_u;
       ratio = ratio < h.lower ? h.lower : ratio > h.upper ? h.upper : ratio;
     }
-    c.step = float(h.lr * ratio);
     layer.report[0] = norm_p, layer.report[1] = norm_u, layer.report[2] = ratio;
+    recall(h, layer, c);
   }
-  static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.step * update(c, x); }
+  static RULE_FN void recall(const Group&, const Total& layer, Scalars& c) { c.ratio = float(layer.report[2]); }
+  static RULE_FN float direction(const Scalars& c, const Element& x) { return c.ratio * adam(c, x); }
+  static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.lr * (c.ratio * update(c, x)); }
 };
 
 }  // namespace layerfused

@@ -8,7 +8,7 @@ struct lars {
   struct Group {
     double lr, momentum, weight_decay, trust_coefficient, eps, nesterov, lr_in_momentum, larc;
   };
-  struct Scalars { float momentum, weight_decay, nesterov, take, step; };
+  struct Scalars { float momentum, weight_decay, nesterov, take, lr; };
   static constexpr Sweep reduce_sweep{P | G, 0}, apply_sweep{P | G | M, P | M};
   enum { PP, GG };
   static constexpr int sums = 2, minima = 0, reports = 3;
@@ -36,10 +36,11 @@ struct lars {
     c.take = float(ratio * (h.lr_in_momentum != 0 ? h.lr : 1));
     layer.report[0] = norm_p, layer.report[1] = norm_g, layer.report[2] = ratio;
   }
+  static RULE_FN float direction(const Scalars&, const Element& x) { return x.m; }
   static RULE_FN void apply(const Scalars& c, Element& x) {
     const float d = c.take * (x.g + c.weight_decay * x.p);
     x.m = c.momentum * x.m + d;
-    x.p -= c.step * (c.nesterov != 0 ? d + c.momentum * x.m : x.m);
+    x.p -= c.lr * (c.nesterov != 0 ? d + c.momentum * x.m : x.m);
   }
 };
 

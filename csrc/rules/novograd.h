@@ -27,9 +27,10 @@ struct novograd {
     c.weight_decay = float(average * h.weight_decay);
     layer.report[0] = std::sqrt(layer.stats[GG]), layer.report[1] = v;
   }
+  static RULE_FN float direction(const Scalars&, const Element& x) { return x.m; }
   static RULE_FN void apply(const Scalars& c, Element& x) {
     x.m = c.beta1 * x.m + (c.take * x.g + c.weight_decay * x.p);
-    x.p -= c.lr * x.m;
+    x.p -= c.lr * direction(c, x);
   }
 };
 

@@ -6,15 +6,15 @@ namespace layerfused {
 
 struct setadam {
   struct Group { double lr, beta1, beta2, eps, weight_decay, tau, decoupled; };
-  struct Scalars { float coupled, c1, c2, eps, step, decay, scale, shift; };
+  struct Scalars { float coupled, c1, c2, ic1, eps, lr, decay, scale, shift; };
   static constexpr Sweep reduce_sweep{G | M | V, M | V}, apply_sweep{P | M | V, P};
   enum { SUM, SQUARES, LEAST };
   static constexpr int sums = 2, minima = 1, reports = 2;
 
   static RULE_FN Scalars start(const Group& h, double t) {
     const bool decoupled = h.decoupled != 0;
-    return {float(decoupled ? 0 : h.weight_decay), float(1 - h.beta1), float(1 - h.beta2), float(h.eps),
-            float(h.lr * correction(h.beta1, t)), float(decoupled ? h.lr * h.weight_decay : 0),
+    return {float(decoupled ? 0 : h.weight_decay), float(1 - h.beta1), float(1 - h.beta2),
+            float(correction(h.beta1, t)), float(h.eps), float(h.lr), float(decoupled ? h.lr * h.weight_decay : 0),
             float(correction(h.beta2, t)), 0};
   }
   static RULE_FN void moments(const Scalars& c, Element& x) {
@@ -32,17 +32,20 @@ struct setadam {
     if (layer.adapt && layer.elements > 0) {
       const double sum = layer.stats[SUM], squares = layer.stats[SQUARES];
       if (squares != 0) squared_cosine = sum * sum / (layer.elements * squares);
-      const double scale = correction(h.beta2, layer.t) * squared_cosine;
-      least = std::sqrt(scale * layer.stats[LEAST] + h.eps);
-      c.scale = float(scale);
-      c.shift = float(h.tau * least);
+      least = std::sqrt(correction(h.beta2, layer.t) * squared_cosine * layer.stats[LEAST] + h.eps);
     }
     layer.report[0] = std::sqrt(squared_cosine), layer.report[1] = least;
+    recall(h, layer, c);
   }
-  static RULE_FN void apply(const Scalars& c, Element& x) {
+  static RULE_FN void recall(const Group& h, const Total& layer, Scalars& c) {
+    c.scale = float(correction(h.beta2, layer.t) * (layer.report[0] * layer.report[0]));
+    c.shift = float(h.tau * layer.report[1]);
+  }
+  static RULE_FN float direction(const Scalars& c, const Element& x) {
     const float w = root(c.scale * x.v + c.eps) - c.shift;
-    x.p -= c.step * x.m / w + c.decay * x.p;
+    return c.ic1 * x.m / w;
   }
+  static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.lr * direction(c, x) + c.decay * x.p; }
 };
 
 }  // namespace layerfused

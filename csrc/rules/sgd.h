@@ -18,6 +18,7 @@ struct sgd {
   static RULE_FN void moments(const Scalars&, Element&) {}
   template <class Out> static RULE_FN void stats(const Scalars&, const Element&, Out&) {}
   static RULE_FN void finish(const Group&, const Total&, Scalars&) {}
+  static RULE_FN float direction(const Scalars&, const Element& x) { return x.m; }
   static RULE_FN void apply(const Scalars& c, Element& x) {
     x.m = c.momentum * x.m + c.take * x.g;
     x.p -= c.lr * (c.nesterov != 0 ? x.g + c.nesterov * x.m : x.m);

@@ -14,6 +14,7 @@ struct sgd_plain {
   static RULE_FN void moments(const Scalars&, Element&) {}
   template <class Out> static RULE_FN void stats(const Scalars&, const Element&, Out&) {}
   static RULE_FN void finish(const Group&, const Total&, Scalars&) {}
+  static RULE_FN float direction(const Scalars&, const Element&) { return 0; }  // no state to tell it from
   static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.lr * x.g; }
 };
 
