@@ -12,6 +12,7 @@ from .adam import Adam, AdamW
 from .adam3 import AdaM3
 from .adanorm import AdaBeliefNorm, AdamNorm
 from .aida import Aida
+from .curvature import CurvatureAdamW, CurvatureSGD
 from .ladam import LAdaBelief, LAdam
 from .lamb import LAMB, LAMBC
 from .lars import LARS
@@ -25,6 +26,7 @@ from .xgrad import XGrad
 
 __all__ = [
     "LAMB", "LAMBC", "LARS", "SGD", "AdaBelief", "AdaBeliefNorm", "AdaM3", "Adam", "AdamNorm", "AdamW", "Aida",
+    "CurvatureAdamW", "CurvatureSGD",
     "LAdaBelief", "LAdam", "NovoGrad", "Optimizer", "Rule", "SETAdam", "XGrad", "param_groups",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -18,10 +18,16 @@ RANGES = {
     "gamma": (0, 1, True, False),
     "xi": (0, math.inf, False, False),
     "max_grad_norm": (0, math.inf, False, False),
+    "ema": (0, 1, True, False),
+    "damping": (0, math.inf, True, False),
+    "max_step": (0, math.inf, False, False),
 }
 ANY = (-math.inf, math.inf, True, True)
 CHOICES = {
     "processing": ("pre", "post"),
+    "step_rule": ("quadratic", "self-concordant"),
+    "estimator": ("joint", "signs", "exact"),
+    "product": ("finite-difference", "double-backward"),
     "backend": ("auto", "cpu", "triton", "cuda", "reference"),
 }
 

@@ -48,7 +48,7 @@ class CpuLaunch(Launch):
         self._outputs = self._look()
         self._native.set_outputs(*self._outputs)
 
-    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+    def lead(self, true: list | None, ahead: float, predicted: list | None = None) -> None:
         super().lead(true, ahead, predicted)
         columns = (array("q", map(torch.Tensor.data_ptr, tensors or ())) for tensors in (true, predicted))
         self._native.lead(*columns, ahead)

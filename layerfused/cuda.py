@@ -44,9 +44,9 @@ class CudaLaunch(DeviceLaunch):
         """The current stream, as the number by which the driver knows it."""
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
-    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+    def lead(self, true: list | None, ahead: float, predicted: list | None = None) -> None:
         super().lead(true, ahead, predicted)
-        self._true = array("q", map(torch.Tensor.data_ptr, true))
+        self._true = array("q", map(torch.Tensor.data_ptr, true or ()))
         self._predicted = array("q", map(torch.Tensor.data_ptr, predicted or ()))
 
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:

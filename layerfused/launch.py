@@ -73,15 +73,15 @@ class Launch:
         self.kinds |= 1 << STORAGE[wanted]
         return g
 
-    def lead(self, true: list[torch.Tensor], ahead: float, predicted: list[torch.Tensor] | None = None) -> None:
+    def lead(self, true: list[torch.Tensor] | None, ahead: float, predicted: list[torch.Tensor] | None = None) -> None:
         """From now on weights are read and written in `true`, and predicted ones go to `predicted`.
 
         Args:
-            true: per parameter of the table, a tensor that lies in memory like it.
+            true: per parameter of the table, a tensor that lies in memory like it; None: no longer.
             ahead: steps that are predicted; 0 copies.
             predicted: tensors like `true`; None: the parameters themselves.
         """
-        self.leads, self.true, self.ahead, self.predicted = True, true, ahead, predicted
+        self.leads, self.true, self.ahead, self.predicted = true is not None, true, ahead, predicted
 
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:
         """Does what could fail, so that several launches are not left half done by the second's failure."""

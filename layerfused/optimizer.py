@@ -81,6 +81,10 @@ class Optimizer(torch.optim.Optimizer):
         """The rule that serves a group: options that change what is stored choose between variants."""
         return self.rule
 
+    def state_names(self, rule: Rule) -> tuple[str, ...]:
+        """The keys of the `state` of a parameter that a rule serves."""
+        return rule.entries
+
     def tag_of(self, group: dict) -> str:
         """What a group's states mean: belief in the gradient gives states of the same names another meaning."""
         constants = (name for name in ("belief", "decoupled") if getattr(self, name, False))

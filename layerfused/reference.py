@@ -309,3 +309,73 @@ def adanorm(p, g, s, h, t, adapt):
     s["exp_avg_sq"] = ema(s["exp_avg_sq"], (longer - m if h.belief else g) ** 2, h.beta2) + h.eps
     report = {"grad_norm": grad_norm, "norm_ema": s["exp_grad_norm"], "scale": reach / unit}
     return descend(p, adam_direction(s, h, t, report), h, h.decoupled), report
+
+
+def find_slope(p, g, d, decay, s, h, t):
+    """rho = g.d / d.d of a layer, averaged: how steep the loss falls along d. `decay` is what decay adds to g.d."""
+    dd, descent = dot(d, d), dot(g, d)
+    rho = quotient(descent + decay, dd, 0.0)
+    old = s["exp_avg_slope"]
+    e = s["exp_avg_slope"] = torch.where(rho.isfinite(), ema(old, rho, h.ema), old)
+    found = {"param_norm": norm(p), "direction_norm": root(dd), "descent": descent}
+    return s["report"] | found | {"slope": e / (1 - power(h.ema, t))}
+
+
+def find_step(g, d, decay, s, h, t):
+    """kappa = z.Hz / z.z along z = sign*d, from a second gradient; averaged; and the step size that it allows."""
+    report = s["report"]
+    dd = report["direction_norm"] ** 2
+    kappa = (dot(g, d) - h.base * report["descent"]) / (h.reach * report["sign"] * dd) + decay
+    old, found = s["exp_avg_curvature"], (dd != 0) & kappa.isfinite()
+    e = s["exp_avg_curvature"] = torch.where(found, ema(old, kappa if h.signed_average else kappa.abs(), h.ema), old)
+    curvature = e.abs() / (1 - power(h.ema, t))
+    step = report["slope"] / (curvature + h.damping)
+    if h.self_concordant:  # Gao & Goldfarb
+        fall, delta = report["slope"] * dd, report["direction_norm"] * (curvature + h.damping) ** 0.5
+        step = fall / ((fall + delta) * delta)
+    step = step.nan_to_num(h.max_step, h.max_step).clamp(max=h.max_step)  # no damping, no curvature: 0 / 0
+    step = torch.where(found & (report["slope"] > 0), step, 0.0)
+    return report | {"curvature": curvature, "step_size": step}
+
+
+def slope_sgd_direction(s, h, t, report):
+    return -h.reach * report["sign"], s["momentum_buffer"] / (1 - power(h.momentum, t))
+
+
+def slope_sgd(p, g, s, h, t, adapt):
+    """The first launch of CurvatureSGD: the averaged gradient, which is the direction, and the slope along it."""
+    s["momentum_buffer"] = ema(s["momentum_buffer"], g + h.weight_decay * p, h.momentum)
+    _, d = slope_sgd_direction(s, h, t, s["report"])
+    return p, find_slope(p, g, d, h.weight_decay * dot(p, d), s, h, t)
+
+
+def curvature_sgd_direction(s, h, t, report):
+    return h.lr, report["step_size"] * (s["momentum_buffer"] / (1 - power(h.momentum, t)))
+
+
+def curvature_sgd(p, g, s, h, t, adapt):
+    """The second launch of CurvatureSGD: the curvature along the direction, and a step of the size that it allows."""
+    report = find_step(g, s["momentum_buffer"] / (1 - power(h.momentum, t)), h.weight_decay, s, h, t)
+    return descend(p, curvature_sgd_direction(s, h, t, report), h), report
+
+
+def slope_adam_direction(s, h, t, report):
+    return -h.reach * report["sign"], adam_direction(s, h, t, report)[1]
+
+
+def slope_adam(p, g, s, h, t, adapt):
+    """The first launch of CurvatureAdamW: Adam's moments, their direction, and the slope along it."""
+    s["exp_avg"] = ema(s["exp_avg"], g, h.beta1)
+    s["exp_avg_sq"] = ema(s["exp_avg_sq"], g * g, h.beta2)
+    return p, find_slope(p, g, adam_direction(s, h, t, {})[1], 0.0, s, h, t)
+
+
+def curvature_adam_direction(s, h, t, report):
+    return h.lr, report["step_size"] * adam_direction(s, h, t, report)[1]
+
+
+def curvature_adam(p, g, s, h, t, adapt):
+    """The second launch of CurvatureAdamW: the curvature along Adam's direction, and a step of the size it allows."""
+    d = adam_direction(s, h, t, {})[1]
+    report = find_step(g, d, 0.0, s, h, t)
+    return descend(p, (h.lr, report["step_size"] * (d + h.weight_decay * p)), h), report

@@ -23,8 +23,10 @@ class ReferenceLaunch:
         self._layouts = self._look()
 
     def _look(self) -> list:
+        names = self.table.rule.entries
         return [
-            (p.shape, p.stride(), p.dtype, p.device, [id(e) for e in self.state[p].values()]) for p in self.table.params
+            (p.shape, p.stride(), p.dtype, p.device, [id(self.state[p].get(name)) for name in names])
+            for p in self.table.params
         ]
 
     def read(self) -> bool:
@@ -36,9 +38,9 @@ class ReferenceLaunch:
         self.moved = True
         return self._look() == self._layouts
 
-    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+    def lead(self, true: list | None, ahead: float, predicted: list | None = None) -> None:
         """As `Launch.lead`."""
-        self.leads, self.true, self.ahead, self.predicted = True, true, ahead, predicted
+        self.leads, self.true, self.ahead, self.predicted = true is not None, true, ahead, predicted
 
     def prepare(self, phases: int, rows: list, max_norm: float) -> None:
         pass

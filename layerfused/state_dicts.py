@@ -36,7 +36,8 @@ def load(optimizer, state_dict: dict) -> None:
         tag = optimizer.tag_of(group)
         check_origin(theirs, tag)
         for p, index in zip(group["params"], theirs["params"], strict=True):
-            entries[p] = _entries(rule, p, state_dict["state"].get(index, {}))
+            saved_state = state_dict["state"].get(index, {})
+            entries[p] = _entries(rule, optimizer.state_names(rule), p, saved_state)
     _exchange(optimizer, new_groups, entries)
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
@@ -64,7 +65,7 @@ def _merged(optimizer, mine: dict, theirs: dict) -> dict:
     return group
 
 
-def _entries(rule, p: torch.Tensor, saved: dict) -> dict:
+def _entries(rule, names: tuple, p: torch.Tensor, saved: dict) -> dict:
     """A parameter's entries, copied to its device in the types they were saved in."""
     saved = {name: value for name, value in saved.items() if value is not None}
     if "momentum_buffer" in saved and "step" not in saved:
@@ -73,11 +74,11 @@ def _entries(rule, p: torch.Tensor, saved: dict) -> dict:
         saved.setdefault("step", torch.zeros(()))
         missing = set(rule.states) if float(saved["step"]) else set()
     else:
-        missing = set(rule.entries) - set(saved)
-    foreign = set(saved) - set(rule.entries)
+        missing = set(names) - set(saved)
+    foreign = set(saved) - set(names)
     if missing or foreign:
         raise ValueError(
-            f"the state_dict is of another optimizer: rule {rule.name!r} keeps {', '.join(rule.entries)}, "
+            f"the state_dict is of another optimizer: rule {rule.name!r} keeps {', '.join(names)}, "
             f"the state_dict has {', '.join(sorted(saved)) or 'nothing'}"
         )
     for name in rule.states:

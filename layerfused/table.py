@@ -36,7 +36,8 @@ class Table:
     """Parameters of one rule on one device, with their layers and what every engine writes for them.
 
     Attributes:
-        params: the parameters, group by group.
+        members: the parameters, group by group.
+        params: the same in one list.
         layers: a `LayerSpec` per layer, in the order of the parameters.
         slots: per parameter, its range of slots for the scalars of its layers.
         layer_slots: per layer, its range of slots: one, or with layer="group" one per member, kept alike.
@@ -46,7 +47,7 @@ class Table:
     """
 
     def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]]):
-        self.rule, self.groups = rule, groups
+        self.rule, self.groups, self.members = rule, groups, members
         self.params = [p for params in members for p in params]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
@@ -90,11 +91,15 @@ class Table:
             for name in self.rule.states:
                 entries[name] = fitting_state(entries.get(name), p, name)
             self._pack(entries, "step", self.step[i])
-            if self.rule.scalar:
-                slots = self.slots[i]
-                view = self.scalars[slots.start] if len(slots) == 1 else self.scalars[slots.start : slots.stop]
-                self._pack(entries, self.rule.scalar, view)
+        self.adopt_scalars(state)
         self.check_steps()
+
+    def adopt_scalars(self, state: dict) -> None:
+        """The part of `adopt` that is about layer scalars."""
+        for p, slots in zip(self.params, self.slots, strict=True):
+            if self.rule.scalar:
+                view = self.scalars[slots.start] if len(slots) == 1 else self.scalars[slots.start : slots.stop]
+                self._pack(state[p], self.rule.scalar, view)
 
     def recall(self, reports: dict) -> None:
         """Takes over what was reported of the parameters' layers before, where they are cut as they were."""

@@ -77,12 +77,12 @@ class TritonLaunch(DeviceLaunch):
         there[3] = there[3].view(torch.float64)
         self._given, self._sent, self._present = tables.Given(*there), b"", None
 
-    def lead(self, true: list, ahead: float, predicted: list | None = None) -> None:
+    def lead(self, true: list | None, ahead: float, predicted: list | None = None) -> None:
         led = self.leads
         super().lead(true, ahead, predicted)
         self._led = [None if tensors is None else addresses_of(tensors) for tensors in (true, predicted)]
-        if not led:
-            present = self._present or [True] * len(true)
+        if led != self.leads:
+            present = self._present or [True] * len(self.table.params)
             self._make_given()
             self._count(present)
 
@@ -134,7 +134,8 @@ class TritonLaunch(DeviceLaunch):
     def _spec(self, phases: int, clip: bool, live: bool) -> Spec:
         rule, p, *states = self.table.rule, *self._storage
         g = tl.float32 if phases & Phase.PREDICT else self._gradients  # not looked at
-        rest = TILE, phases, clip, live, bool(rule.scalar), self._mixed, self.leads
+        leads = self.leads and phases & (Phase.APPLY | Phase.PREDICT) != 0
+        rest = TILE, phases, clip, live, bool(rule.scalar), self._mixed, leads
         return spec_of(self._form, rule.hyper, (p, g, *states), *rest)
 
     def _launch(self, table: tables.Table, spec: Spec) -> None:

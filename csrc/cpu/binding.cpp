@@ -48,11 +48,12 @@ void set_outputs(Bound& bound, int64_t step, int64_t state, int64_t stats, int64
 }
 
 // From now on the weights at addresses `p` are read and written, and predictions of them written to `predicted`, which
-// may be empty: to the parameters.
+// may be empty: to the parameters. With no addresses `p` it leads no longer.
 void lead(Bound& bound, py::buffer p, py::buffer predicted, float ahead) {
   bound.p = rows<int64_t>(p), bound.predicted = rows<int64_t>(predicted), bound.engine->ahead = ahead;
   const size_t tensors = size_t(bound.engine->tensors());
-  if (bound.p.size() != tensors || (!bound.predicted.empty() && bound.predicted.size() != tensors))
+  const auto fits = [tensors](const std::vector<int64_t>& column) { return column.empty() || column.size() == tensors; };
+  if (!fits(bound.p) || !fits(bound.predicted))
     throw std::invalid_argument("true and predicted weights need one address per tensor");
 }
 

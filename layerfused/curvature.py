@@ -1,0 +1,314 @@
+"""Step sizes from curvature: CurvatureSGD and CurvatureAdamW."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+
+from . import products, reference
+from .backends import launch_of
+from .leading import Lead
+from .optimizer import Optimizer
+from .plan import Phase
+from .rule import Rule
+from .table import Table
+
+SETTINGS = ("ema", "damping", "max_step", "self_concordant", "signed_average", "reach", "base")
+REPORT = ("param_norm", "direction_norm", "descent", "slope", "sign", "curvature", "step_size")
+SIGN = REPORT.index("sign")
+SGD = ("lr", "momentum", "weight_decay", *SETTINGS)
+ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", *SETTINGS)
+WHOLE_OPTIMIZERS = ("step_rule", "estimator", "product")
+# |p| over the model times this is how far away the second gradient is taken: what rounding of p leaves of the way
+REACH = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def rule_of(name: str, hyper: tuple, states: tuple, scalar: str) -> Rule:
+    step, way = getattr(reference, name), getattr(reference, f"{name}_direction")
+    return Rule(name, hyper, step, way, states, scalar, REPORT, needs_adapt=True)
+
+
+class Curvature(Optimizer):
+    """What both flavours share: a step that evaluates the model twice, and the launches between.
+
+    Attributes:
+        second: the rule of the second launch; `rule` is the first's.
+    """
+
+    needs_closure = True
+    second: Rule
+
+    def __init__(self, params, defaults: dict, options: dict, **common):
+        self._reach, self._base = torch.ones((), dtype=torch.float64), 1.0
+        self._left, self._copies = [], Lead(1.0)
+        super().__init__(params, {**defaults, **options}, **common)
+
+    # What the rows take from here
+
+    reach = property(lambda self: self._reach)
+    base = property(lambda self: self._base)
+    self_concordant = property(lambda self: float(self.defaults["step_rule"] == "self-concordant"))
+    signed_average = property(lambda self: float(self.defaults["estimator"] != "joint"))
+
+    def _check_group(self, group: dict) -> None:
+        super()._check_group(group)
+        for key in WHOLE_OPTIMIZERS:
+            if group[key] != self.defaults[key]:
+                raise ValueError(f"{key} is the whole optimizer's: pass it to the constructor, not {group[key]!r} here")
+        if "momentum" in group and not group["momentum"] < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+
+    def state_names(self, rule: Rule) -> tuple[str, ...]:
+        return (*super().state_names(rule), self.second.scalar)
+
+    def _build(self) -> None:
+        """As the base's, and a second launch beside each, which shares steps, states and report with it."""
+        super()._build()
+        self._seconds = []
+        for launch in self._launches:
+            first = launch.table
+            table = Table(self.second, first.groups, first.members)
+            table.step, table.report = first.step, first.report
+            table.adopt_scalars(self.state)
+            self._seconds.append(launch_of(launch.engine)(table, self.state))
+        self._guided = False
+        device = self._params[0].device if self._params else None
+        self._reach = self._reach.to(device)
+
+    # The step
+
+    def step(self, closure: Callable | Sequence[Callable]):
+        """Takes one step.
+
+        Args:
+            closure: evaluates the model and returns the loss, a tensor with one element and a graph, without calling
+                `backward()`; it is called twice, with the same random numbers. A sequence of closures stands for
+                micro-batches, whose losses are added.
+
+        Returns:
+            The loss at the parameters that the step began with, detached. `p.grad` holds its gradients.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: for a closure that is none of that, or gradients in `p.grad` that are
+                not this optimizer's own; nothing is changed then. If the second evaluation fails, the parameters are
+                as they were; the averages of the gradients have seen the first.
+        """
+        closures = products.checked_closures(closure)
+        self._current()
+        products.check_left_over(self._params, self._left)
+        double = self.defaults["product"] == "double-backward"
+        product = (products.DoubleBackward if double else products.FiniteDifference)(self._params, closures)
+        loss = product.first()
+        try:
+            launches = self._read()
+            if launches:
+                self._take(product, launches)
+        except BaseException:
+            if product.moves and self._guided:
+                torch._foreach_copy_(self._params, [self._copies.of(p) for p in self._params])
+            raise
+        finally:
+            product.put_back()
+            self._left = [p.grad is not None and (p.grad, p.grad._version) or None for p in self._params]
+        return loss
+
+    def _hold(self) -> None:
+        """Keeps the weights that the step begins with, from which it goes on after the parameters were moved."""
+        torch._foreach_copy_([self._copies.of(p) for p in self._params], self._params)
+        if not self._guided:
+            for launch, second in zip(self._launches, self._seconds, strict=True):
+                true = [self._copies.of(p) for p in launch.table.params]
+                launch.lead(true, 1.0)
+                second.lead(true, 0.0)
+        self._guided = True
+
+    @torch.no_grad()
+    def _take(self, product, launches: list) -> None:
+        if product.moves:
+            self._hold()
+        seconds = [self._seconds[self._launches.index(launch)] for launch in launches]
+        phases = self._norm_phase(launches, [self._rows(launch) for launch in launches], math.inf, None)
+        for launch in launches:  # a gradient that is not finite makes all launches of this step change nothing
+            launch.run(phases & ~Phase.APPLY, self._rows(launch), math.inf)
+        self._base = product.base
+        self._reach.fill_(1.0)
+        if product.moves:
+            self._find_reach(launches)
+        with product.along(self, launches) as gradients_at:
+            gradients = self._gradients(launches, gradients_at)
+        for p, g in zip(self._params, gradients, strict=True):
+            p.grad = g
+        for launch, second in zip(launches, seconds, strict=True):
+            if not second.read() or second.absent != launch.absent:
+                raise RuntimeError("the closure gave other parameters a gradient when it was called again")
+            second.norm.copy_(launch.norm)
+        skipped = self.skipped_steps
+        for second in seconds:
+            if second.run(Phase.STEP & ~Phase.NORM, self._rows(second), math.inf, skipped):
+                torch.autograd.graph.increment_version(second.written())
+            skipped = None
+
+    def _find_reach(self, launches: list) -> None:
+        """How far along the direction the gradient is taken once more."""
+        sums = sum(self._squares(launch).to(self._reach.device) for launch in launches)
+        norm, length = sums.sqrt().unbind()
+        relative = max(REACH.get(p.dtype, 1e-3) for p in self._params)
+        self._reach.copy_(relative * torch.where(norm > 0, norm, 1.0) / torch.where(length > 0, length, 1.0))
+
+    @staticmethod
+    def _squares(launch) -> torch.Tensor:
+        """|p|^2 and |d|^2 over the layers that have a gradient, float64 on the launch's device."""
+        norms = launch.table.report[:, :2]
+        if launch.absent:
+            here = [
+                any(launch.table.params[s.tensor].grad is not None for s in spec.spans) for spec in launch.table.layers
+            ]
+            norms = norms[torch.tensor(here, device=norms.device)]
+        return norms.square().sum(0)
+
+    def _gradients(self, launches: list, gradients_at: Callable) -> list:
+        """The second gradients: along all directions at once, with random signs, or layer by layer."""
+        tables = [launch.table for launch in launches]
+        if self.defaults["estimator"] != "exact":
+            for table, signs in zip(tables, self._signs(tables), strict=True):
+                table.report[:, SIGN] = signs
+            return gradients_at()
+        return self._blocks(tables, gradients_at)
+
+    def _signs(self, tables: list[Table]) -> list:
+        if self.defaults["estimator"] == "joint":
+            return [1.0] * len(tables)
+        # of their own, so that every rank draws the same and the user's random numbers are not touched
+        generator = torch.Generator().manual_seed(int(max(table.step.max() for table in self._tables)))
+        return [2.0 * torch.randint(2, table.report.shape[:1], generator=generator) - 1 for table in tables]
+
+    def _blocks(self, tables: list[Table], gradients_at: Callable) -> list:
+        """A product for each layer, of which that layer's own part is kept."""
+        parts = {}
+        for table in tables:
+            table.report[:, SIGN] = 0.0
+        for table in tables:
+            for number, spec in enumerate(table.layers):
+                table.report[number, SIGN] = 1.0
+                at = dict(zip(self._params, gradients_at(), strict=True))
+                products.keep_part(parts, at, [(table.params[span.tensor], span) for span in spec.spans])
+                table.report[number, SIGN] = 0.0
+        for table in tables:
+            table.report[:, SIGN] = 1.0
+        return [parts.get(p) for p in self._params]
+
+    def predict_along(self, launches: list, true: list | None) -> None:
+        """Writes p + reach*sign*d into the parameters, or sign*d into tensors of zeros."""
+        for launch in launches:
+            if true is not None:
+                at = dict(zip(self._params, true, strict=True))
+                own = [at[p] for p in launch.table.params]
+                launch.lead(own, 1.0, own)
+            launch.run(Phase.PREDICT | Phase.UNCOUNTED, self._rows(launch), math.inf)
+
+
+class CurvatureSGD(Curvature):
+    """Momentum whose step size in each layer comes from the curvature there: no learning rate to tune.
+
+    After Bahamou & Goldfarb (arXiv 2305.13664), whose abstract fixes what is wanted (layer-wise step sizes from the
+    stochastic curvature in the diagonal blocks of the Hessian, at about one more gradient a step); every formula is
+    [ours]:
+
+        buf = mu*buf + (1-mu)*(g + weight_decay*p); d = buf / (1-mu^t)
+        rho = g.d / d.d and kappa = z.Hz / z.z of each layer, both as averages without bias
+        alpha = rho / (|kappa| + damping), at most max_step, 0 where rho <= 0; p -= lr * alpha * d
+
+    `step(closure)` evaluates the loss, makes a launch for d and rho, moves the parameters a little along z (a launch),
+    evaluates the loss again with the same random numbers, puts buffers and weights back, and makes a launch for kappa,
+    alpha and the update. A step whose gradients are not finite changes nothing and is counted in `skipped_steps`.
+    `layer_stats()` tells param_norm, direction_norm, descent (g.d), slope (rho), sign, curvature (kappa), step_size.
+
+    Args:
+        params: see `Optimizer`.
+        lr: a factor on the step sizes found, >= 0, for schedulers; a float or a 0-dim tensor.
+        momentum: mu, in [0, 1).
+        weight_decay: coupled L2, >= 0; its curvature is counted.
+        step_rule: "quadratic", or "self-concordant" (Gao & Goldfarb): q = rho*d.d, delta = |d|*sqrt(kappa + damping),
+            alpha = q / ((q + delta) * delta).
+        estimator: of kappa. "joint" (z = d in all layers at once, average of |kappa|; contains what the layers do to
+            each other, since they move together), "signs" (z = +-d at random, unbiased for the layer's own block,
+            average of the signed value), "exact" (a product for each layer: tests and small models).
+        product: "finite-difference" (|z| * reach = 1e-3 of the norm of all weights, 3e-2 for bfloat16, 1e-2 for float16,
+            1e-6 for float64; any kernel, DDP) or "double-backward" (exact; one process).
+        ema: decay of the averages of rho and kappa, in [0, 1).
+        damping: added to kappa, >= 0.
+        max_step: bound on alpha, > 0.
+        common: `maximize`, `backend`, `foreach`, `fused`, `capturable` and the group key `layer`: see `Optimizer`.
+
+    Memory: with finite differences a copy of the weights and a second gradient; with double backward the graph, the
+    direction and the product.
+
+    Raises:
+        ValueError, TypeError: for values out of range.
+    """
+
+    rule = rule_of("slope_sgd", SGD, ("momentum_buffer",), "exp_avg_slope")
+    second = rule_of("curvature_sgd", SGD, ("momentum_buffer",), "exp_avg_curvature")
+
+    def __init__(
+        self,
+        params,
+        lr=1.0,
+        momentum=0.9,
+        weight_decay=0.0,
+        *,
+        step_rule="quadratic",
+        estimator="joint",
+        product="finite-difference",
+        ema=0.9,
+        damping=1e-4,
+        max_step=10.0,
+        **common,
+    ):
+        options = dict(step_rule=step_rule, estimator=estimator, product=product)
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ema=ema, damping=damping)
+        super().__init__(params, defaults | dict(max_step=max_step), options, **common)
+
+
+class CurvatureAdamW(Curvature):
+    """AdamW whose step size in each layer comes from the curvature there: no learning rate to tune.
+
+    As `CurvatureSGD`, with Adam's direction and decoupled decay: d = ic1*m / (sqrt(ic2*v) + eps),
+    p -= lr * alpha * (d + weight_decay*p).
+
+    Args:
+        params: see `Optimizer`.
+        lr: a factor on the step sizes found, >= 0, for schedulers; a float or a 0-dim tensor.
+        betas: decay of the two averages, each in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: decoupled, scaled by the step size, >= 0.
+        step_rule, estimator, product, ema, damping, max_step: see `CurvatureSGD`.
+        common: `maximize`, `backend`, `foreach`, `fused`, `capturable` and the group key `layer`: see `Optimizer`.
+
+    Raises:
+        ValueError, TypeError: for values out of range.
+    """
+
+    rule = rule_of("slope_adam", ADAM, ("exp_avg", "exp_avg_sq"), "exp_avg_slope")
+    second = rule_of("curvature_adam", ADAM, ("exp_avg", "exp_avg_sq"), "exp_avg_curvature")
+
+    def __init__(
+        self,
+        params,
+        lr=1.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        *,
+        step_rule="quadratic",
+        estimator="joint",
+        product="finite-difference",
+        ema=0.9,
+        damping=1e-4,
+        max_step=10.0,
+        **common,
+    ):
+        options = dict(step_rule=step_rule, estimator=estimator, product=product)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema=ema, damping=damping)
+        super().__init__(params, defaults | dict(max_step=max_step), options, **common)
