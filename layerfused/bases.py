@@ -1,12 +1,14 @@
 """What `XGrad` wraps: optimizers whose steps leave predicted weights, by their own launch or in three phases."""
 
 from collections import defaultdict
+from functools import cache
 
 import torch
 
 from . import reference
 from .leading import Lead
 from .optimizer import Optimizer
+from .rule import Rule
 
 TORCH = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
@@ -23,6 +25,13 @@ def base_of(optimizer) -> "Base":
         return Torchs(optimizer)
     known = "layerfused's optimizers, torch.optim.SGD, torch.optim.Adam and torch.optim.AdamW"
     raise TypeError(f"XGrad cannot wrap {type(optimizer).__module__}.{type(optimizer).__qualname__}: it knows {known}")
+
+
+@cache
+def keys_of(rule: Rule) -> tuple[str, ...]:
+    """The keys of a group that a rule's row is made from."""
+    pairs = {"beta1": "betas", "beta2": "betas", "lower": "trust_clip", "upper": "trust_clip"}
+    return tuple(dict.fromkeys(pairs.get(name, name) for name in rule.hyper))
 
 
 class Base:
@@ -54,9 +63,30 @@ class Base:
     def keep(self, saved: dict) -> None:
         """Takes what `kept()` gave."""
 
+    def add_param_group(self, group: dict) -> None:
+        groups = self.optimizer.param_groups
+        before = len(groups)
+        self.optimizer.add_param_group(group)
+        try:
+            self.check()
+        except BaseException:
+            del groups[before:]
+            raise
+
+    def prepare(self, ahead: float, predicted: bool) -> bool:
+        """Makes ready for the optimizer's step; whether the parameters still hold predictions."""
+        raise NotImplementedError
+
+    def complete(self, ahead: float) -> None:
+        """After the optimizer's step."""
+
     def reached_all(self) -> bool:
         """Whether the last step has written predictions for every parameter."""
         return True
+
+    def shares_layers(self) -> bool:
+        """Whether a step of one tensor changes what is predicted of another."""
+        return False
 
 
 class Ours(Base):
@@ -77,25 +107,37 @@ class Ours(Base):
         self.optimizer._current()
         return any(bool(table.step.any()) for table in self.optimizer._tables)
 
-    def _aim(self, ahead: float, held: bool) -> None:
+    def _aim(self, ahead: float, predicted: bool) -> None:
         optimizer, lead = self.optimizer, self.lead
-        if not held:
+        if not predicted:
             self.hold()
         launches = optimizer._current()
         if optimizer._lead is not lead or lead.ahead != ahead:
             optimizer._lead, lead.ahead = lead, ahead
             lead.guide(launches)
 
-    def step(self, ahead: float, held: bool, options: dict) -> None:
-        self._aim(ahead, held)
-        self.optimizer.step(**options)
+    def prepare(self, ahead: float, predicted: bool) -> bool:
+        self._aim(ahead, predicted)
+        skips = self.optimizer.skipped_steps
+        self._skips = int(skips) if skips.device.type == "cpu" else None
+        return predicted
 
-    def predict(self, ahead: float, held: bool) -> None:
-        self._aim(ahead, held)
+    def predict(self, ahead: float, predicted: bool) -> None:
+        self._aim(ahead, predicted)
         self.optimizer._predict()
 
+    def keys(self, group: dict) -> tuple[str, ...]:
+        """What of a group a prediction depends on."""
+        return keys_of(self.optimizer.rule_of(group))
+
+    def shares_layers(self) -> bool:
+        return any(group["layer"] == "group" for group in self.optimizer.param_groups)
+
     def reached_all(self) -> bool:
-        return not self.optimizer.defaults["max_grad_norm"] and all(p.grad is not None for p in self.params())
+        skips = self.optimizer.skipped_steps
+        if self.optimizer.defaults["max_grad_norm"] and (skips.device.type != "cpu" or int(skips) != self._skips):
+            return False  # on a device nobody knows without waiting for it
+        return all(p.grad is not None for p in self.params())
 
     def kept(self) -> dict:
         reports = self.optimizer._reports()
@@ -124,23 +166,32 @@ class Torchs(Base):
     def has_stepped(self) -> bool:
         return bool(self.optimizer.state)
 
-    def step(self, ahead: float, held: bool, options: dict) -> None:
-        if held:
+    def prepare(self, ahead: float, predicted: bool) -> bool:
+        if predicted:
             self.restore()
-        self.optimizer.step(**options)
-        self.predict(ahead, held=False)
+        return False
 
-    def predict(self, ahead: float, held: bool) -> None:
-        if not held:
-            self.hold()
+    def complete(self, ahead: float) -> None:
+        if ahead:
+            self.predict(ahead, predicted=False)
+
+    def predict(self, ahead: float, predicted: bool) -> None:
+        self.restore() if predicted else self.hold()
         for group in self.optimizer.param_groups:
             params = [p for p in group["params"] if self.optimizer.state.get(p)]
-            params = [p for p in params if self.optimizer.state[p].get("momentum_buffer", 0) is not None]
+            if "momentum" in group:
+                params = [
+                    p for p in params if group["momentum"] and self.optimizer.state[p]["momentum_buffer"] is not None
+                ]
             if params:
                 self._predict_group(group, params, ahead)
 
+    def keys(self, group: dict) -> tuple[str, ...]:
+        """What of a group a prediction depends on."""
+        return "lr", "betas", "eps", "momentum"
+
     def _predict_group(self, group: dict, params: list, ahead: float) -> None:
-        """params = true - ahead * lr * delta, by torch's multi-tensor operations."""
+        """params -= ahead * lr * delta, by torch's multi-tensor operations."""
         columns = defaultdict(list)
         for p in params:
             for name, value in self.optimizer.state[p].items():
@@ -156,5 +207,4 @@ class Torchs(Base):
             torch._foreach_add_(denominators, group["eps"])
             way = torch._foreach_mul(columns["exp_avg"], [reach * c for c in ic1])
             torch._foreach_div_(way, denominators)
-        torch._foreach_copy_(params, [self.lead.of(p) for p in params])
         torch._foreach_add_(params, way)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 
@@ -161,9 +160,8 @@ class Curvature(Optimizer):
         """|p|^2 and |d|^2 over the layers that have a gradient, float64 on the launch's device."""
         norms = launch.table.report[:, :2]
         if launch.absent:
-            here = [
-                any(launch.table.params[s.tensor].grad is not None for s in spec.spans) for spec in launch.table.layers
-            ]
+            there = [p.grad is not None for p in launch.table.params]
+            here = [any(there[span.tensor] for span in spec.spans) for spec in launch.table.layers]
             norms = norms[torch.tensor(here, device=norms.device)]
         return norms.square().sum(0)
 
@@ -234,8 +232,8 @@ class CurvatureSGD(Curvature):
         estimator: of kappa. "joint" (z = d in all layers at once, average of |kappa|; contains what the layers do to
             each other, since they move together), "signs" (z = +-d at random, unbiased for the layer's own block,
             average of the signed value), "exact" (a product for each layer: tests and small models).
-        product: "finite-difference" (|z| * reach = 1e-3 of the norm of all weights, 3e-2 for bfloat16, 1e-2 for float16,
-            1e-6 for float64; any kernel, DDP) or "double-backward" (exact; one process).
+        product: "finite-difference" (|z| * reach = 1e-3 of the norm of all weights; for bfloat16 3e-2, float16 1e-2,
+            float64 1e-6; any kernel, DDP) or "double-backward" (exact; one process).
         ema: decay of the averages of rho and kappa, in [0, 1).
         damping: added to kappa, >= 0.
         max_step: bound on alpha, > 0.

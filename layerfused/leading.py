@@ -2,28 +2,28 @@
 
 import torch
 
-from .table import lies_like
-
 
 class Lead:
-    """True weights in a copy, predictions of them in the parameters.
+    """True weights in copies, predictions of them in the parameters.
 
     Args:
         ahead: steps that are predicted; 0 leaves the true weights in the parameters, too.
+
+    Attributes:
+        copies: parameter -> its true weights.
     """
 
     def __init__(self, ahead: float):
-        self.ahead, self._copies = ahead, {}
+        self.ahead, self.copies = ahead, {}
 
     def of(self, p: torch.Tensor) -> torch.Tensor:
         """The true weights of a parameter; of one that is new, or was given another type or layout, what it holds."""
-        copy = self._copies.get(p)
-        if copy is None or copy.shape != p.shape or copy.dtype != p.dtype or copy.device != p.device:
-            copy = self._copies[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
-            copy.copy_(p.detach())
-        elif not lies_like(copy, p):
-            copy = self._copies[p] = torch.empty_like(p, requires_grad=False).copy_(copy)
-        return copy
+        known = self.copies.get(p)
+        like = known is not None and (known.shape, known.dtype, known.device) == (p.shape, p.dtype, p.device)
+        if not like or known.stride() != strides_like(p):
+            copy = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
+            known = self.copies[p] = copy.copy_(known if like else p.detach())
+        return known
 
     def guide(self, launches: list) -> None:
         """Tells launches from where to where."""
@@ -32,4 +32,9 @@ class Lead:
 
     @property
     def nbytes(self) -> int:
-        return sum(copy.nbytes for copy in self._copies.values())
+        return sum(copy.nbytes for copy in self.copies.values())
+
+
+def strides_like(p: torch.Tensor) -> tuple[int, ...]:
+    """How a tensor made like `p` lies in memory: as `p` does, and without its gaps."""
+    return torch.empty_like(p, device="meta", memory_format=torch.preserve_format).stride()

@@ -26,7 +26,7 @@ def check_left_over(params: list, left: list) -> None:
             continue
         if bool(g.count_nonzero()):
             raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} has a gradient already, and its curvature cannot be found: call "
+                f"a parameter of shape {tuple(p.shape)} has a gradient already, whose curvature cannot be found: call "
                 "zero_grad() before step(closure), and pass micro-batches as a sequence of closures"
             )
 
@@ -173,7 +173,8 @@ class DoubleBackward(Product):
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise RuntimeError(
-                "product='double-backward' leaves gradients unreduced in a process group: use product='finite-difference'"
+                "product='double-backward' leaves gradients unreduced in a process group: "
+                "use product='finite-difference'"
             )
 
     def _evaluate(self) -> torch.Tensor:

@@ -238,7 +238,7 @@ def aida(p, g, s, h, t, adapt):
 
 def ladam_pre_direction(s, h, t, report):
     ic1, ic2 = corrections(h, t)
-    return h.lr, ic1 / root(ic2 * torch.as_tensor(report["second_moment"])) * s["exp_avg"]
+    return h.lr, ic1 / root(ic2 * s["exp_avg_sq"]) * s["exp_avg"]
 
 
 def ladam_pre(p, g, s, h, t, adapt):
@@ -252,7 +252,8 @@ def ladam_pre(p, g, s, h, t, adapt):
 
 
 def ladam_post_direction(s, h, t, report):
-    return h.lr, corrections(h, t)[0] * s["exp_avg"] / report["denominator"]
+    denominator = torch.as_tensor(report["denominator"])
+    return h.lr, quotient(corrections(h, t)[0] * s["exp_avg"], denominator, 0.0)
 
 
 def ladam_post(p, g, s, h, t, adapt):
@@ -272,7 +273,7 @@ def ladam_post(p, g, s, h, t, adapt):
 def setadam_direction(s, h, t, report):
     ic1, ic2 = corrections(h, t)
     w = root(ic2 * report["cos"] ** 2 * s["exp_avg_sq"] + h.eps) - h.tau * report["minimum"]
-    return h.lr, ic1 * s["exp_avg"] / w
+    return (h.lr, ic1 * s["exp_avg"] / w) if report["cos"] != 0 else (0.0, w)  # 0: loaded, and not known yet
 
 
 def setadam(p, g, s, h, t, adapt):

@@ -135,9 +135,11 @@ class ReferenceLaunch:
             if not spans or t == 0:
                 continue
             s, h, dtype = self._known(number, spans, rows[spec.group])
-            lr, delta = rule.direction(s, h, t, s["report"])
+            predicted = gather(spans, self._weights(spans), dtype)
+            if rule.direction:
+                lr, delta = rule.direction(s, h, t, s["report"])
+                predicted = predicted - self.ahead * lr * delta
             places = self.predicted or table.params
-            predicted = gather(spans, self._weights(spans), dtype) - self.ahead * lr * delta
             scatter(spans, predicted, [places[span.tensor] for span in spans])
 
 

@@ -11,9 +11,15 @@ def by_name(groups: list[dict], tables: list[Table]) -> dict[str, dict]:
         for p, layers in zip(table.params, table.layers_of(), strict=True):
             columns = {name: [report[n][k] for n in layers] for k, name in enumerate(table.rule.report)}
             found[p] = {name: c[0] if len(c) == 1 else c for name, c in columns.items()}
+    params = [p for group in groups for p in group["params"]]
+    return {name: found[p] for name, p in zip(names_of(groups), params, strict=True)}
+
+
+def names_of(groups: list[dict]) -> list[str]:
+    """A name for each parameter: its own, or "group.index" where it has none, or another has it already."""
     names = {}
     for number, group in enumerate(groups):
-        given = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-        for i, (name, p) in enumerate(zip(given, group["params"], strict=True)):
-            names[f"{number}.{i}" if name in names else name] = found[p]  # two models may share names
-    return names
+        places = [f"{number}.{i}" for i in range(len(group["params"]))]
+        for name, place in zip(group.get("param_names") or places, places, strict=True):
+            names[place if name in names else name] = None  # two models may share names
+    return list(names)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from .bases import base_of
-
-GROUP_KEYS = ("lr", "betas", "eps", "momentum", "tau", "bias_correction", "rectify", "lr_in_momentum", "nesterov")
+from .model_hooks import attach
+from .reports import names_of
 
 
 class XGrad(torch.optim.Optimizer):
@@ -41,7 +41,8 @@ class XGrad(torch.optim.Optimizer):
         optimizer: one of this package, without `differentiable` and, if SGD, with momentum; or torch.optim's SGD (with
             momentum), Adam or AdamW without amsgrad, for which a step takes a dozen launches more and two copies.
         steps: steps ahead, an int >= 1.
-        model: the module whose forward pass is to see fresh predictions.
+        model: the module whose forward pass is to see fresh predictions. A copy of it, and an unpickled one, is on its
+            own.
 
     Memory: one copy of the parameters, made at the first step and no part of `state_dict()`.
 
@@ -52,17 +53,20 @@ class XGrad(torch.optim.Optimizer):
     def __init__(self, optimizer, steps: int = 1, *, model: torch.nn.Module | None = None):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be an int >= 1, got {steps!r}")
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r}")
         if isinstance(optimizer, XGrad):
             raise TypeError("the optimizer is an XGrad already: wrap the one inside (xg.optimizer) with other steps")
-        self._weights = base_of(optimizer)
-        super().__setstate__({"optimizer": optimizer, "steps": steps})  # the base's hooks, without groups of its own
-        self._forget()
-        self._hook(model)
-
-    def _forget(self) -> None:
-        """The parameters hold true weights, and nobody is inside of `true_weights()`."""
-        self.training, self._inside, self._predicted, self._warned = True, 0, False, False
-        self._begun, self._made_for, self._seen = self._weights.has_stepped(), None, []
+        base = base_of(optimizer)
+        other = getattr(optimizer, "_xgrad", lambda: None)()
+        if other is not None and other._predicted:
+            raise ValueError("the parameters hold predictions of another XGrad: use that one, or call its eval() before")
+        super().__setstate__({"optimizer": optimizer, "steps": steps, "_base": base})  # the hooks, no groups of its own
+        self._inside, self._predicted, self._warned, self._made_for, self._seen = 0, False, False, None, []
+        self.training, self._begun, self._has_model = True, base.has_stepped(), model is not None
+        self._follow()
+        if model is not None:
+            attach(self, model)
 
     param_groups = property(lambda self: self.optimizer.param_groups)
     state = property(lambda self: self.optimizer.state)
@@ -78,7 +82,6 @@ class XGrad(torch.optim.Optimizer):
 
     # The step
 
-    @torch.no_grad()
     def step(self, closure=None, **options):
         """Takes one step from the true weights, and leaves predicted ones (after `eval()` true ones) behind.
 
@@ -92,19 +95,44 @@ class XGrad(torch.optim.Optimizer):
         Raises:
             RuntimeError: if somebody else has written the parameters; nothing is changed then.
         """
-        loss = None
-        if closure is not None:
+        return self.optimizer.step(closure, **options)
+
+    def _follow(self) -> None:
+        """Hangs itself around the wrapped optimizer's steps, whoever calls for them, and around its loading."""
+        me = self.optimizer._xgrad = weakref.ref(self)
+
+        def mine(optimizer):
+            return me() if optimizer._xgrad is me else None  # another one may have taken over
+
+        def before_step(optimizer, args, options):
+            return mine(optimizer) and mine(optimizer)._before_step(args, options)
+
+        self.optimizer.register_step_pre_hook(before_step)
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: mine(optimizer) and mine(optimizer)._after_step())
+        self.optimizer.register_load_state_dict_post_hook(lambda o: mine(o) and mine(o)._after_loading())
+
+    def _before_step(self, args: tuple, options: dict) -> tuple:
+        optimizer, closure = args[0], args[1] if len(args) > 1 else options.get("closure")  # as torch calls its hooks
+        if closure is not None:  # at the predicted weights, which may be gone when the optimizer would call it
             with torch.enable_grad():
                 loss = closure()
+            args = (optimizer, lambda: loss, *args[2:])
+            options = {key: x for key, x in options.items() if key != "closure"}
         self._check()
-        ahead = self.steps if self._wanted() else 0
-        before = self._made_for if self._predicted else None
-        self._weights.step(ahead, self._predicted, options)
-        self._predicted, self._begun = ahead > 0, True
+        self._ahead = self.steps if self._wanted() else 0
+        with torch.no_grad():
+            self._predicted = self._base.prepare(self._ahead, self._predicted)
+        return args, options
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self._base.complete(self._ahead)
+        before, was_predicted, first = self._made_for, self._predicted, not self._begun
+        self._predicted, self._begun = self._ahead > 0, True
         self._note()
-        if before not in (None, self._made_for) and not self._weights.reached_all():
-            self._made_for = None  # who was left out holds a prediction made for other numbers
-        return loss
+        same = first or (was_predicted and before == self._made_for and not self._base.shares_layers())
+        if not same and not self._base.reached_all():
+            self._made_for = None  # who was left out holds true weights, or a prediction made for other numbers
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients; without `model=` it also refreshes predictions whose lr has moved.
@@ -117,10 +145,13 @@ class XGrad(torch.optim.Optimizer):
             self._refresh()
 
     def add_param_group(self, group: dict) -> None:
-        """Adds a group to the wrapped optimizer. Its parameters hold true weights until their first step."""
+        """Adds a group to the wrapped optimizer. Its parameters hold true weights until their first step.
+
+        Raises:
+            ValueError, TypeError: as the wrapped optimizer does, and for a group that cannot be predicted.
+        """
         self._check()
-        self.optimizer.add_param_group(group)
-        self._weights.check()
+        self._base.add_param_group(group)
 
     # Which weights are in the parameters
 
@@ -147,6 +178,10 @@ class XGrad(torch.optim.Optimizer):
             self._inside -= 1
             self._refresh()
 
+    def accept(self) -> None:
+        """Takes what the parameters hold for the true weights, whoever wrote it."""
+        self._predicted = False
+
     def _wanted(self) -> bool:
         return self.training and not self._inside
 
@@ -156,7 +191,7 @@ class XGrad(torch.optim.Optimizer):
         if not self._wanted() or not self._begun or (self._predicted and self._made_for == self._in_force()):
             return
         self._check()
-        self._weights.predict(self.steps, self._predicted)
+        self._base.predict(self.steps, self._predicted)
         self._predicted = True
         self._note()
 
@@ -164,17 +199,18 @@ class XGrad(torch.optim.Optimizer):
     def _restore(self) -> None:
         if self._predicted:
             self._check()
-            self._weights.restore()
+            self._base.restore()
             self._predicted = False
 
     def _in_force(self) -> list:
         """What predictions are made for; a tensor counts as another one when it was written."""
-        values = ([group.get(key) for key in GROUP_KEYS] for group in self.param_groups)
-        return [[(id(x), x._version) if isinstance(x, torch.Tensor) else x for x in row] for row in values]
+        rows = ([group.get(key) for key in self._base.keys(group)] for group in self.param_groups)
+        rows = [[(id(x), x._version) if isinstance(x, torch.Tensor) else x for x in row] for row in rows]
+        return [self.steps, *rows]
 
     def _note(self) -> None:
         self._made_for = self._in_force()
-        self._seen = [(p, p._version, p.data_ptr()) for p in self._weights.params()]
+        self._seen = [(p, p._version, p.data_ptr()) for p in self._base.params()]
 
     def _check(self) -> None:
         """Raises RuntimeError if the parameters are not as they were left with predicted weights in them."""
@@ -182,43 +218,14 @@ class XGrad(torch.optim.Optimizer):
             return
         for number, (p, version, address) in enumerate(self._seen):
             if p._version != version or p.data_ptr() != address:
-                names = [name for group in self.param_groups for name in group.get("param_names", ())]
-                name = repr(names[number]) if names else f"number {number}"
                 raise RuntimeError(
-                    f"parameter {name} of shape {tuple(p.shape)} was changed while it held predicted weights: change "
-                    "weights inside of `with xg.true_weights():` (or after xg.eval()). To go on from what the "
-                    "parameters hold now, call xg.accept()"
+                    f"parameter {names_of(self.param_groups)[number]!r} of shape {tuple(p.shape)} was changed while it "
+                    "held predicted weights: change weights inside of `with xg.true_weights():` (or after xg.eval()). "
+                    "To go on from what the parameters hold now, call xg.accept()"
                 )
 
-    def accept(self) -> None:
-        """Takes what the parameters hold for the true weights, whoever wrote it."""
-        self._predicted = False
-
-    # The model
-
-    def _hook(self, model: torch.nn.Module | None) -> None:
-        self._has_model = model is not None
-        if model is None:
-            return
-        me = weakref.ref(self)
-
-        def before_forward(module, _):
-            if module.training and me():
-                me()._refresh()
-
-        def before_saving(module, prefix, keep_vars):
-            if me():
-                me()._put_back("saved")
-
-        def before_loading(*_):
-            if me():
-                me()._restore()
-
-        model.register_forward_pre_hook(before_forward)
-        model.register_state_dict_pre_hook(before_saving)
-        model.register_load_state_dict_pre_hook(before_loading)
-
-    def _put_back(self, what: str) -> None:
+    def _put_back(self) -> None:
+        """Puts the true weights back for the model's own state_dict()."""
         if not self._predicted:
             return
         self._restore()
@@ -235,7 +242,7 @@ class XGrad(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """The wrapped optimizer's state_dict, with what predictions need beside under "xgrad"."""
-        return {**self.optimizer.state_dict(), "xgrad": {"steps": self.steps, **self._weights.kept()}}
+        return {**self.optimizer.state_dict(), "xgrad": {"steps": self.steps, **self._base.kept()}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads what `state_dict()` gave, or the wrapped optimizer's own. The parameters hold true weights then.
@@ -244,11 +251,19 @@ class XGrad(torch.optim.Optimizer):
             ValueError: as the wrapped optimizer does; everything is then as it was.
         """
         own = dict(state_dict.get("xgrad", {}))
+        was_predicted = self._predicted
         self._restore()
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "xgrad"})
+        try:
+            self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "xgrad"})
+        except BaseException:
+            if was_predicted:
+                self._refresh()
+            raise
         self.steps = own.pop("steps", self.steps)
-        self._weights.keep(own)
-        self._begun, self._made_for = self._weights.has_stepped(), None
+        self._base.keep(own)
+
+    def _after_loading(self) -> None:
+        self._begun, self._made_for = self._base.has_stepped(), None
 
     def register_state_dict_pre_hook(self, hook, prepend=False):
         return self.optimizer.register_state_dict_pre_hook(hook, prepend)
@@ -263,13 +278,17 @@ class XGrad(torch.optim.Optimizer):
         return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict:
-        self._restore()  # a pickle and a deep copy hold true weights
-        return {"optimizer": self.optimizer, "steps": self.steps, "training": self.training}
+        kept = {key: self.__dict__[key] for key in ("optimizer", "steps", "training", "_predicted", "_begun")}
+        return {**kept, "kept": self._base.kept(), "copies": self._base.lead.copies if self._predicted else {}}
 
     def __setstate__(self, state: dict) -> None:
-        training = state.pop("training")
-        self._weights = base_of(state["optimizer"])
-        super().__setstate__(state)
-        self._forget()
-        self._hook(None)
-        self.training = training
+        state = dict(state)
+        kept, copies = state.pop("kept"), state.pop("copies")
+        base = base_of(state["optimizer"])
+        super().__setstate__({**state, "_base": base})
+        base.lead.copies.update(copies)
+        base.keep(kept)
+        self._inside, self._warned, self._has_model = 0, False, False
+        self._note()
+        self._made_for = None
+        self._follow()

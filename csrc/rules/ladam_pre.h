@@ -29,7 +29,7 @@ struct ladam_pre {
     recall(h, layer, c);
   }
   static RULE_FN void recall(const Group& h, const Total& layer, Scalars& c) {
-    c.scale = float(correction(h.beta1, layer.t) / std::sqrt(correction(h.beta2, layer.t) * layer.report[0]));
+    c.scale = float(correction(h.beta1, layer.t) / std::sqrt(correction(h.beta2, layer.t) * *layer.state));
   }
   static RULE_FN float direction(const Scalars& c, const Element& x) { return c.scale * x.m; }
   static RULE_FN void apply(const Scalars& c, Element& x) { x.p -= c.lr * direction(c, x) + c.decay * x.p; }

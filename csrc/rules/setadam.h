@@ -39,7 +39,7 @@ struct setadam {
   }
   static RULE_FN void recall(const Group& h, const Total& layer, Scalars& c) {
     c.scale = float(correction(h.beta2, layer.t) * (layer.report[0] * layer.report[0]));
-    c.shift = float(h.tau * layer.report[1]);
+    c.shift = float(layer.report[0] != 0 ? h.tau * layer.report[1] : -INFINITY);  // no report yet: w = inf, no way
   }
   static RULE_FN float direction(const Scalars& c, const Element& x) {
     const float w = root(c.scale * x.v + c.eps) - c.shift;
