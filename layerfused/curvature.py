@@ -7,11 +7,13 @@ import torch
 
 from . import products, reference
 from .backends import launch_of
+from .forms import needs_of
 from .leading import Lead
 from .optimizer import Optimizer
 from .plan import Phase
 from .rule import Rule
 from .table import Table
+from .traffic import G, P, passes, predicting, traffic
 
 SETTINGS = ("ema", "damping", "max_step", "self_concordant", "signed_average", "reach", "base")
 REPORT = ("param_norm", "direction_norm", "descent", "slope", "sign", "curvature", "step_size")
@@ -204,6 +206,20 @@ class Curvature(Optimizer):
                 own = [at[p] for p in launch.table.params]
                 launch.lead(own, 1.0, own)
             launch.run(Phase.PREDICT | Phase.UNCOUNTED, self._rows(launch), math.inf)
+
+    def traffic(self) -> dict[str, int]:
+        """As `Optimizer.traffic`: what the launches of one step move, and with finite differences the kept weights.
+
+        A first pass over the gradients tells whether they are finite, a second finds the direction; then comes the move
+        along it, and the second launch. What the model moves is not in it, nor the products that "exact" repeats.
+        """
+        moves, total = self.defaults["product"] == "finite-difference", {"compulsory": 0, "requested": 0}
+        for launch, second in zip(self._launches, self._seconds, strict=True) if self._current() else ():
+            needs, table = needs_of(self.rule), launch.table
+            first = passes(table, self.state, [(G, 0), needs.first, predicting(needs), (P * moves, P * moves)])
+            for key, count in traffic(second.table, self.state, False, second.on_chip, moves).items():
+                total[key] += first + count
+        return {**total, "launches": 3 * sum(launch.engine != "reference" for launch in self._launches)}
 
 
 class CurvatureSGD(Curvature):

@@ -3,7 +3,8 @@
 from .forms import Needs, needs_of
 from .table import Table
 
-OPERANDS = range(4)  # bits of a sweep's masks: p, g, m, v, as in csrc/rule.h
+OPERANDS = range(5)  # bits of a sweep's masks: p, g, m, v and the prediction of p, as in csrc/rule.h
+P, G, STATES, PREDICTED = 1, 2, 12, 16
 
 
 def merged(masks: list[tuple[int, int]]) -> tuple[int, int]:
@@ -18,7 +19,12 @@ def sweeps(needs: Needs, row: dict, stats: bool) -> list[tuple[int, int]]:
     """Masks of operands (read, written) for each sweep over a layer, with coupled decay's reading of p."""
     coupled = needs.couples and row["weight_decay"] != 0 and not row.get("decoupled", False)
     masks = [needs.first, needs.second] if stats else [merged([needs.first, needs.second])]
-    return [(reads | 1 if coupled and reads & 2 else reads, writes) for reads, writes in masks]
+    return [(reads | P if coupled and reads & G else reads, writes) for reads, writes in masks]
+
+
+def predicting(needs: Needs) -> tuple[int, int]:
+    """The masks of a prediction from memory."""
+    return P | needs.second[0] & STATES, PREDICTED
 
 
 def traffic(table: Table, state: dict, norm: bool, on_chip: int, leads: bool = False) -> dict[str, int]:
@@ -27,8 +33,8 @@ def traffic(table: Table, state: dict, norm: bool, on_chip: int, leads: bool = F
     Args:
         table, state: the table and the optimizer's states.
         norm: whether the gradients are read once more for their global norm.
-        leads: whether predicted weights are written beside the true ones.
         on_chip: layers of one tensor and up to this many elements are read and written once whatever their sweeps.
+        leads: whether predicted weights are written beside the true ones.
     """
     needs, total = needs_of(table.rule), {"compulsory": 0, "requested": 0}
     if needs is None:
@@ -36,11 +42,24 @@ def traffic(table: Table, state: dict, norm: bool, on_chip: int, leads: bool = F
     sizes = table.operand_bytes(state)
     for spec in table.layers:
         masks = sweeps(needs, table.groups[spec.group], spec.stats)
+        masks[-1] = masks[-1][0], masks[-1][1] | PREDICTED * leads
         once = [merged(masks)]
         small = len(spec.spans) == 1 and spec.spans[0].count <= on_chip
         for span in spec.spans:
-            size = sizes[span.tensor]
-            for kind, chosen in (("requested", once if small else masks), ("compulsory", once)):
-                words = (size[k] for mask in chosen for part in mask for k in OPERANDS if part >> k & 1)
-                total[kind] += span.count * (sum(words) + size[1] * norm + size[0] * leads)
+            again = span.count * sizes[span.tensor][1] * norm
+            total["requested"] += span.count * word_bytes(once if small else masks, sizes[span.tensor]) + again
+            total["compulsory"] += span.count * word_bytes(once, sizes[span.tensor]) + again
     return total
+
+
+def passes(table: Table, state: dict, masks: list[tuple[int, int]]) -> int:
+    """Bytes of sweeps over all layers of a table."""
+    sizes = table.operand_bytes(state)
+    spans = (span for spec in table.layers for span in spec.spans)
+    return sum(span.count * word_bytes(masks, sizes[span.tensor]) for span in spans)
+
+
+def word_bytes(masks: list[tuple[int, int]], sizes: tuple) -> int:
+    """Bytes that an element costs; a prediction is as large as p."""
+    sizes = (*sizes, sizes[0])
+    return sum(sizes[k] for mask in masks for part in mask for k in OPERANDS if part >> k & 1)

@@ -60,7 +60,7 @@ class XGrad(torch.optim.Optimizer):
         base = base_of(optimizer)
         other = getattr(optimizer, "_xgrad", lambda: None)()
         if other is not None and other._predicted:
-            raise ValueError("the parameters hold predictions of another XGrad: use that one, or call its eval() before")
+            raise ValueError("the parameters hold predictions of another XGrad: use that one, or call its eval() first")
         super().__setstate__({"optimizer": optimizer, "steps": steps, "_base": base})  # the hooks, no groups of its own
         self._inside, self._predicted, self._warned, self._made_for, self._seen = 0, False, False, None, []
         self.training, self._begun, self._has_model = True, base.has_stepped(), model is not None

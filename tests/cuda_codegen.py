@@ -12,7 +12,8 @@ from cases import FIXED
 
 from layerfused import _cpu
 
-P, G = 1, 2
+P, G, M, V, PREDICTED = 1, 2, 4, 8, 16
+CURVATURE = ("slope_sgd", "slope_adam", "curvature_sgd", "curvature_adam")  # these refuse adapt=False, too
 ROUNDS = "add|sub|mul|div|sqrt|rcp|fma|mad|rsqrt|sin|cos|ex2|lg2|tanh"  # arithmetic whose result depends on how
 EXACT = {f"{word}.rn.{size}" for word in ("add", "sub", "mul", "div", "sqrt", "rcp") for size in ("f32", "f64")}
 PRODUCT = "fma.rn.f64"  # device::add_product: exact product, one rounding
@@ -82,11 +83,12 @@ def sweeps(rule):
     """
     needs = _cpu.rules()[rule]
     (r1, w1), (r2, w2) = needs["reduce"], needs["apply"]
-    found = [(r1 | r2, w1 | w2, 0)]
+    lead = w2 | PREDICTED
+    found = [(r1 | r2, w1 | lead, 0)]
     if needs["sums"] + needs["minima"]:
-        found = [(r1, w1, r2), (r2, w2, 0), (r1 | r2, w1 & ~w2, 0), (0, w2, 0), *found]  # in the middle: on chip
+        found = [(r1, w1, r2), (r2, lead, 0), (r1 | r2, w1 & ~w2, 0), (0, lead, 0), *found]  # in the middle: on chip
     coupled = P if needs["couples"] else 0
-    return [(G, 0, G)] + [(reads | (coupled if reads & G else 0), writes, again) for reads, writes, again in found]
+    return [(G, 0, G), (P | r2 & (M | V), PREDICTED, 0)] + [(reads | (coupled if reads & G else 0), writes, again) for reads, writes, again in found]
 
 
 def accesses(masks):
@@ -97,19 +99,19 @@ def accesses(masks):
     found = Counter()
     for reads, writes, again in masks:
         quads = 2 if reads.bit_count() == 1 else 1
-        for k in range(4):
+        for k in range(5):
             use = "cg" if again >> k & 1 else "cs"
             if reads >> k & 1:
                 found[f"ld.global.{use}{'.nc' if k == 1 else ''}"] += 2 * quads
             if writes >> k & 1:
-                found[f"st.global.{use}"] += 2
+                found[f"st.global.{use}"] += 2 * quads
     return found
 
 
 def expected(rule):
     """Accesses of a rule's kernel, and where adapt=False is refused those without the sweep that is never run."""
     masks = sweeps(rule)
-    return [accesses(masks)] + [accesses(masks[:-1])] * (rule in FIXED)
+    return [accesses(masks)] + [accesses(masks[:-1])] * (rule in (*FIXED, *CURVATURE))
 
 
 def check_accesses(code, rule):
@@ -129,7 +131,7 @@ def check_constant(code):
         if re.match(r"(ld|st)\.global\.c[sg]\.", access) or ".nc" in access:
             places[".nc" in access].add(bases[re.search(r"\[(%\w+)\]", line)[1]])
     (g,) = places[True]
-    assert places[False] <= {g - 8, g + 8, g + 16}, places
+    assert places[False] <= {g - 8, g + 8, g + 16, g + 24}, places
 
 
 def address_bases(code):
