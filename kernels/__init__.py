@@ -25,6 +25,7 @@ from .rule import (  # noqa: E402
     Sweep,
     Total,
     V,
+    as_left,
     average,
     correction,
     divide,
@@ -48,6 +49,6 @@ if INTERPRETED and VERSION == (3, 6):
         )
 
 __all__ = [
-    "INTERPRETED", "Element", "G", "M", "P", "Rule", "Sweep", "Total", "V", "average", "correction", "divide",
-    "Spec", "double", "engine", "f32", "power", "product", "root", "rules", "tables", "widen",
+    "INTERPRETED", "Element", "G", "M", "P", "Rule", "Sweep", "Total", "V", "as_left", "average", "correction",
+    "Spec", "divide", "double", "engine", "f32", "power", "product", "root", "rules", "tables", "widen",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ misaligned view slows down nobody else.
 import triton
 import triton.language as tl
 
-from .rule import Element
+from .rule import Element, f32
 
 P, G, M, V = (tl.constexpr(1 << bit) for bit in range(4))  # as in csrc/rule.h
 
@@ -36,6 +36,16 @@ def write(t, x, tile, spec: tl.constexpr, writes: tl.constexpr):
         store(place_of(t, tile, 2, spec), x.m, tile.count, spec.storage[2], spec.tile)
     if V & writes:
         store(place_of(t, tile, 3, spec), x.v, tile.count, spec.storage[3], spec.tile)
+
+
+@triton.jit
+def write_ahead(t, x, c, tile, spec: tl.constexpr):
+    """The predicted weight, from what is stored, so that it has the same bits when it is made from memory later."""
+    x = Element(stored(x.p, spec.storage[0]), x.g, stored(x.m, spec.storage[2]), stored(x.v, spec.storage[3]))
+    predicted = x.p - f32(tl.load(t.given.row + 1)) * c.lr * spec.rule.direction(c, x)
+    size: tl.constexpr = spec.storage[0].primitive_bitwidth // 8
+    at = tl.load(t.given.predicted + tile.tensor) + tile.start * size
+    store(at, predicted, tile.count, spec.storage[0], spec.tile)
 
 
 @triton.jit
@@ -68,8 +78,8 @@ def has_vectors(at, count):
 @triton.jit
 def load(at, count, storage: tl.constexpr, TILE: tl.constexpr):
     """`count` elements from address `at` on, as float32; zeros behind them."""
-    if storage == tl.bfloat16:  # its bits are float32's upper half; Triton's interpreter errs where it is subnormal
-        x = (fetch(at, count, tl.uint16, TILE).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if storage == tl.bfloat16:  # Triton's interpreter errs where it is subnormal
+        x = bf16_value(fetch(at, count, tl.uint16, TILE))
     else:
         x = fetch(at, count, storage, TILE).to(tl.float32)
     return x
@@ -110,6 +120,21 @@ def rounded(x, storage: tl.constexpr):
     elif storage == tl.float16:
         bits = fp16_bits(x.to(tl.uint32, bitcast=True))
     return bits
+
+
+@triton.jit
+def stored(x, storage: tl.constexpr):
+    """float32 as it comes back from its storage."""
+    if storage == tl.bfloat16:
+        x = bf16_value(rounded(x, storage))
+    elif storage == tl.float16:
+        x = rounded(x, storage).to(tl.float16, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def bf16_value(bits):
+    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)  # they are float32's upper half
 
 
 @triton.jit

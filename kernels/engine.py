@@ -9,8 +9,9 @@ clears the counters, so that a launch can be replayed as it is. No optimizer is 
 import triton
 import triton.language as tl
 
-from .elements import G, prepared, read, write
-from .rule import Total, double, product
+from .elements import G, prepared, read, write, write_ahead
+from .layers import finish, finished_of, recalled
+from .rule import double, product
 from .sums import LANES, added, combined, keep_stats, no_sums, with_sums
 from .tables import WHOLE, chunk_of, item_of, layer_of, row_of, scale_of, small, tile_of, time_of
 
@@ -43,7 +44,7 @@ def run_items(t, spec: tl.constexpr):
         factor, happens = clip(t, spec)
         group, time, started = nobody(spec)
         while happens & (ticket < items):
-            item = item_of(t, ticket)
+            item = item_of(t, ticket, spec)
             if (item.layer.group != group) | (item.time != time):  # most items share them with the one before
                 group, time = item.layer.group, item.time
                 started = spec.rule.start(row_of(t, group, spec), time)
@@ -88,7 +89,10 @@ def nobody(spec: tl.constexpr):
 
 @triton.jit
 def run_item(t, item, started, factor, spec: tl.constexpr):
-    if spec.terms == 0:
+    if spec.predicts:
+        if item.kind != REDUCE:
+            predict_chunk(t, item, started, spec)
+    elif spec.terms == 0:
         if spec.applies:
             apply_elementwise(t, item, started, factor, spec)
     elif spec.once:
@@ -110,7 +114,7 @@ def run_item(t, item, started, factor, spec: tl.constexpr):
 
 @triton.jit
 def norm_chunk(t, slot, chunks, spec: tl.constexpr):
-    chunk = chunk_of(t, slot)
+    chunk = chunk_of(t, slot, spec)
     sum = double(0.0)
     for first in range(0, chunk.count, spec.tile):
         g = read(t, tile_of(chunk, first, spec), spec, G).g
@@ -183,7 +187,7 @@ def whole_layer(t, item, started, factor, spec: tl.constexpr):
     sums = with_sums(no_sums(spec), c, x, tile, spec)
     keep_stats(t, layer, sums, spec)
     c = spec.Finished(*(started + finish(t, layer, item.time, sums, spec, adapt=True, keep=True)))
-    write(t, spec.rule.apply(c, x), tile, spec, spec.both.writes)
+    apply(t, c, x, tile, spec, spec.both.writes)
 
 
 @triton.jit
@@ -204,7 +208,27 @@ def update(t, item, c, factor, spec: tl.constexpr, first: tl.constexpr, reads: t
         x = prepared(t, read(t, tile, spec, reads), c, tile, scale, spec, reads)
         if first:
             x = spec.rule.moments(c, x)
-        write(t, spec.rule.apply(c, x), tile, spec, writes)
+        apply(t, c, x, tile, spec, writes)
+
+
+@triton.jit
+def apply(t, c, x, tile, spec: tl.constexpr, writes: tl.constexpr):
+    x = spec.rule.apply(c, x)
+    write(t, x, tile, spec, writes)
+    if spec.leads:
+        write_ahead(t, x, c, tile, spec)
+
+
+@triton.jit
+def predict_chunk(t, item, started, spec: tl.constexpr):
+    """Predicted weights from what lies in memory; nothing else is written."""
+    chunk, layer = item.chunk, item.layer
+    c = spec.Started(*started)
+    if spec.recalls:
+        c = spec.Finished(*(started + recalled(t, layer, item.time, spec)))
+    for begin in range(0, chunk.count, spec.tile):
+        tile = tile_of(chunk, begin, spec)
+        write_ahead(t, read(t, tile, spec, spec.ahead.reads), c, tile, spec)
 
 
 @triton.jit
@@ -219,7 +243,7 @@ def finish_all(t, spec: tl.constexpr):
                 sums = ()
                 for k in tl.static_range(tl.constexpr(spec.terms)):
                     sums = sums + (tl.load(t.kept.stats + layer.number * spec.terms + k),)
-                finish(t, layer, time_of(t, chunk_of(t, layer.first)), sums, spec, adapt=True, keep=True)
+                finish(t, layer, time_of(t, chunk_of(t, layer.first, spec), spec), sums, spec, adapt=True, keep=True)
             number += tl.num_programs(0)
 
 
@@ -249,32 +273,3 @@ def advance(t):
         inside = slots < tensors
         step = tl.load(t.kept.step + slots, mask=inside) + tl.load(t.given.counted + slots, mask=inside)
         tl.store(t.kept.step + slots, step, mask=inside)
-
-
-@triton.jit
-def finish(t, layer, time, sums, spec: tl.constexpr, adapt: tl.constexpr, keep):
-    """The layer's scalars; they, the report and the layer's state are kept if a tensor of it has a gradient."""
-    elements = tl.load(t.given.elements + layer.number)
-    state = double(0.0)
-    if spec.stateful:
-        state = tl.load(t.kept.state + layer.state)
-    h = row_of(t, layer.group, spec)
-    finished, state, report = spec.rule.finish(h, Total(sums, elements.to(tl.float64), time, adapt, state))
-    if keep & (elements >= 0):
-        for k in tl.static_range(tl.constexpr(spec.finished)):
-            tl.store(t.work.finished + layer.number * spec.finished + k, finished[k])
-        for k in tl.static_range(tl.constexpr(spec.rule.reports)):
-            tl.store(t.kept.report + layer.number * spec.rule.reports + k, report[k])
-        if spec.stateful and adapt:
-            tl.debug_barrier()  # every thread has read the state before one of them writes it
-            for k in range(layer.states):  # alike in every member of the layer
-                tl.store(t.kept.state + layer.state + k, state)
-    return finished
-
-
-@triton.jit
-def finished_of(t, layer, spec: tl.constexpr):
-    values = ()
-    for k in tl.static_range(tl.constexpr(spec.finished)):
-        values = values + (tl.load(t.work.finished + layer.number * spec.finished + k),)
-    return values

@@ -7,7 +7,10 @@ A rule is a `Rule` of `@triton.jit` functions without pointers or indices. `h` i
     moments(c, x)       elementwise, before the sums are taken: the new `x`
     stats(c, x)         the layer's terms: what is summed (see `product`, `widen`), then what is minimised
     finish(h, layer)    once per layer, in double: the scalars of `Rule.finished`, the layer's new state, the report
+                        (None in it: what was reported last stays)
+    direction(c, x)     elementwise: where `apply` goes beside the decay, as of m and v; `c.lr` is how far
     apply(c, x)         elementwise, with the scalars of `start` and `finish`: the new `x`
+    recall(h, layer)    where `direction` needs scalars of `finish`: again, from h and the layer's report, state and t
 
 The engine hands in x.g with sign, clip factor and coupled decay applied. What a rule does not need it leaves out.
 """
@@ -39,9 +42,16 @@ class Total(NamedTuple):
 
     stats: tuple  # the sums, then the minima
     elements: tl.tensor  # of all its tensors that have a gradient
-    t: tl.tensor  # this step's number, from 1
+    t: tl.tensor  # this step's number, from 1; for `recall` that of the step whose scalars they are
     adapt: tl.constexpr  # False: no layer-wise factor, and no stats
     state: tl.tensor  # the layer's float64 state; 0 where the rule has none
+    report: tuple  # what was reported last; not there where `adapt` is False
+
+
+@triton.jit
+def as_left(layer, state, report):
+    """The layer as `finish` leaves it and `recall` will see it, so that both give the same bits."""
+    return Total((), layer.elements, layer.t, layer.adapt, state, report)
 
 
 @triton.jit
@@ -63,11 +73,12 @@ class Rule(NamedTuple):
     """One optimizer's mathematics for the Triton engine.
 
     Attributes:
-        start, moments, stats, finish, apply: `@triton.jit` functions, see above.
+        start, moments, stats, finish, apply, direction, recall: `@triton.jit` functions, see above. Without a direction
+            no weight can be predicted.
         scalars, finished: names of what `start` and `finish` give, as `c` has them; one word each, blanks between.
-            A scalar named `coupled` is the factor of p that the engine adds to g.
+            A scalar named `coupled` is the factor of p that the engine adds to g; `lr` goes with `direction`.
         first, second: the operands of the sweep that takes the stats, and of the one that applies. A rule without
-            stats has only the second.
+            stats has only the second. Of m and v `direction` may look at what the second reads.
         sums, minima: how many terms `stats` gives.
         reports: how many numbers `finish` reports.
     """
@@ -84,6 +95,8 @@ class Rule(NamedTuple):
     sums: int = 0
     minima: int = 0
     reports: int = 0
+    direction: triton.JITFunction | None = None
+    recall: triton.JITFunction | None = None
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .adam import adam, adam_direction, adam_moments, adam_start, coupled_decay, decoupled_decay, descend
+from .curvature import curvature_adam, curvature_sgd, slope_adam, slope_sgd
 from .rule import (
     Element,
     G,
@@ -11,6 +13,7 @@ from .rule import (
     Rule,
     Sweep,
     V,
+    as_left,
     average,
     correction,
     divide,
@@ -21,6 +24,8 @@ from .rule import (
     root,
     widen,
 )
+
+__all__ = ["adam", "curvature_adam", "curvature_sgd", "slope_adam", "slope_sgd"]  # of other files
 
 # SGD with momentum, step for step torch.optim.SGD; and without, which has no state at all.
 
@@ -43,7 +48,15 @@ def sgd_apply(c, x):
     return Element(x.p - c.lr * tl.where(c.nesterov != 0, x.g + c.nesterov * m, m), x.g, m, x.v)
 
 
-sgd = Rule(sgd_start, sgd_apply, scalars="coupled momentum take lr nesterov", second=Sweep(P | G | M, P | M))
+@triton.jit
+def momentum_direction(c, x):
+    return x.m
+
+
+sgd = Rule(
+    sgd_start, sgd_apply, scalars="coupled momentum take lr nesterov", second=Sweep(P | G | M, P | M),
+    direction=momentum_direction,
+)  # fmt: skip
 
 
 @triton.jit
@@ -56,49 +69,14 @@ def sgd_plain_apply(c, x):
     return Element(x.p - c.lr * x.g, x.g, x.m, x.v)
 
 
-sgd_plain = Rule(sgd_plain_start, sgd_plain_apply, scalars="coupled lr", second=Sweep(P | G, P))
-
-# Adam (arXiv 1412.6980, Algorithm 1) and, with decoupled decay, AdamW (arXiv 1711.05101).
-
-
 @triton.jit
-def coupled_decay(h):
-    return f32(tl.where(h.decoupled != 0, 0.0, h.weight_decay))
+def sgd_plain_direction(c, x):
+    return tl.zeros_like(x.p)  # no state to tell it from
 
 
-@triton.jit
-def decoupled_decay(h):
-    return f32(tl.where(h.decoupled != 0, h.lr * h.weight_decay, 0.0))
-
-
-@triton.jit
-def adam_start(h, t):
-    return (
-        coupled_decay(h),
-        f32(1 - h.beta1),
-        f32(1 - h.beta2),
-        f32(correction(h.beta2, t)),
-        f32(h.eps),
-        f32(h.lr * correction(h.beta1, t)),
-        decoupled_decay(h),
-    )
-
-
-@triton.jit
-def adam_moments(c, x):
-    return Element(x.p, x.g, average(x.m, c.c1, x.g), average(x.v, c.c2, x.g * x.g))
-
-
-@triton.jit
-def adam_apply(c, x):
-    update = divide(c.step * x.m, root(c.ic2 * x.v) + c.eps) + c.decay * x.p
-    return Element(x.p - update, x.g, x.m, x.v)
-
-
-adam = Rule(
-    adam_start, adam_apply, scalars="coupled c1 c2 ic2 eps step decay", moments=adam_moments,
-    second=Sweep(P | G | M | V, P | M | V),
-)  # fmt: skip
+sgd_plain = Rule(
+    sgd_plain_start, sgd_plain_apply, scalars="coupled lr", second=Sweep(P | G, P), direction=sgd_plain_direction
+)
 
 # AdaBelief (arXiv 2010.07468; author code adabelief-pytorch 0.2): eps accumulates in the state.
 
@@ -120,9 +98,10 @@ def adabelief_start(h, t):
         coupled_decay(h),
         f32(1 - h.beta1),
         f32(1 - h.beta2),
+        f32(correction(h.beta1, t) * tl.where(rectified > 0, rectified, 1.0)),
         f32(correction(h.beta2, t)),
         f32(h.eps),
-        f32(h.lr * correction(h.beta1, t) * tl.where(rectified > 0, rectified, 1.0)),
+        f32(h.lr),
         decoupled_decay(h),
         f32(tl.where(rectified > 0, 0.0, 1.0)),
     )
@@ -136,14 +115,18 @@ def adabelief_moments(c, x):
 
 
 @triton.jit
+def adabelief_direction(c, x):
+    return divide(c.ic1 * x.m, tl.where(c.plain != 0, 1.0, root(c.ic2 * x.v) + c.eps))
+
+
+@triton.jit
 def adabelief_apply(c, x):
-    denominator = tl.where(c.plain != 0, 1.0, root(c.ic2 * x.v) + c.eps)
-    return Element(x.p - (divide(c.step * x.m, denominator) + c.decay * x.p), x.g, x.m, x.v)
+    return descend(c, x, adabelief_direction(c, x))
 
 
 adabelief = Rule(
-    adabelief_start, adabelief_apply, scalars="coupled c1 c2 ic2 eps step decay plain", moments=adabelief_moments,
-    second=Sweep(P | G | M | V, P | M | V),
+    adabelief_start, adabelief_apply, scalars="coupled c1 c2 ic1 ic2 eps lr decay plain", moments=adabelief_moments,
+    direction=adabelief_direction, second=Sweep(P | G | M | V, P | M | V),
 )  # fmt: skip
 
 # AdaM3 (= AdaMomentum, arXiv 2106.11514; author code): the second moment is of m, eps lives inside it.
@@ -156,13 +139,18 @@ def adam3_moments(c, x):
 
 
 @triton.jit
+def adam3_direction(c, x):
+    return divide(c.ic1 * x.m, root(c.ic2 * x.v))
+
+
+@triton.jit
 def adam3_apply(c, x):
-    return Element(x.p - (divide(c.step * x.m, root(c.ic2 * x.v)) + c.decay * x.p), x.g, x.m, x.v)
+    return descend(c, x, adam3_direction(c, x))
 
 
 adam3 = Rule(
-    adam_start, adam3_apply, scalars="coupled c1 c2 ic2 eps step decay", moments=adam3_moments,
-    second=Sweep(P | G | M | V, P | M | V),
+    adam_start, adam3_apply, scalars="coupled c1 c2 ic1 ic2 eps lr decay", moments=adam3_moments,
+    direction=adam3_direction, second=Sweep(P | G | M | V, P | M | V),
 )  # fmt: skip
 
 # LARS (arXiv 1708.03888, Algorithm 1); lr_in_momentum is the paper's and MLPerf's placement of lr.
@@ -199,12 +187,13 @@ def lars_finish(h, layer):
 def lars_apply(c, x):
     d = c.take * (x.g + c.weight_decay * x.p)
     m = c.momentum * x.m + d
-    return Element(x.p - c.step * tl.where(c.nesterov != 0, d + c.momentum * m, m), x.g, m, x.v)
+    return Element(x.p - c.lr * tl.where(c.nesterov != 0, d + c.momentum * m, m), x.g, m, x.v)
 
 
 lars = Rule(
-    lars_start, lars_apply, scalars="momentum weight_decay nesterov step", finished="take", stats=lars_stats,
-    finish=lars_finish, first=Sweep(P | G, 0), second=Sweep(P | G | M, P | M), sums=2, reports=3,
+    lars_start, lars_apply, scalars="momentum weight_decay nesterov lr", finished="take", stats=lars_stats,
+    finish=lars_finish, direction=momentum_direction, first=Sweep(P | G, 0), second=Sweep(P | G | M, P | M), sums=2,
+    reports=3,
 )  # fmt: skip
 
 # LAMB (arXiv 1904.00962 v5, Algorithm 2) and LAMBC (arXiv 2011.13584: the ratio bounded from above).
@@ -221,6 +210,7 @@ def lamb_start(h, t):
         f32(tl.where(corrected, correction(h.beta2, t), 1.0)),
         f32(h.eps),
         f32(h.weight_decay),
+        f32(h.lr),
     )
 
 
@@ -231,7 +221,7 @@ def lamb_moments(c, x):
 
 @triton.jit
 def lamb_update(c, x):
-    return divide(c.ic1 * x.m, root(c.ic2 * x.v) + c.eps) + c.weight_decay * x.p
+    return adam_direction(c, x) + c.weight_decay * x.p
 
 
 @triton.jit
@@ -241,24 +231,35 @@ def lamb_stats(c, x):
 
 
 @triton.jit
+def lamb_recall(h, layer):
+    return (f32(layer.report[2]),)
+
+
+@triton.jit
 def lamb_finish(h, layer):
     norm_p, norm_u, ratio = double(0.0), double(0.0), double(1.0)
     if layer.adapt:
         norm_p, norm_u = tl.sqrt(layer.stats[0]), tl.sqrt(layer.stats[1])
         ratio = tl.where((norm_p != 0) & (norm_u != 0), norm_p / norm_u, 1.0)
         ratio = tl.where(ratio < h.lower, h.lower, tl.where(ratio > h.upper, h.upper, ratio))
-    return (f32(h.lr * ratio),), layer.state, (norm_p, norm_u, ratio)
+    report = (norm_p, norm_u, ratio)
+    return lamb_recall(h, as_left(layer, layer.state, report)), layer.state, report
+
+
+@triton.jit
+def lamb_direction(c, x):
+    return c.ratio * adam_direction(c, x)
 
 
 @triton.jit
 def lamb_apply(c, x):
-    return Element(x.p - c.step * lamb_update(c, x), x.g, x.m, x.v)
+    return Element(x.p - c.lr * (c.ratio * lamb_update(c, x)), x.g, x.m, x.v)
 
 
 lamb = Rule(
-    lamb_start, lamb_apply, scalars="c1 take c2 ic1 ic2 eps weight_decay", finished="step", moments=lamb_moments,
-    stats=lamb_stats, finish=lamb_finish, first=Sweep(P | G | M | V, M | V), second=Sweep(P | M | V, P), sums=2,
-    reports=3,
+    lamb_start, lamb_apply, scalars="c1 take c2 ic1 ic2 eps weight_decay lr", finished="ratio", moments=lamb_moments,
+    stats=lamb_stats, finish=lamb_finish, direction=lamb_direction, recall=lamb_recall,
+    first=Sweep(P | G | M | V, M | V), second=Sweep(P | M | V, P), sums=2, reports=3,
 )  # fmt: skip
 
 # NovoGrad (arXiv 1905.11286, Algorithm 1): one second moment per layer.
@@ -293,7 +294,8 @@ def novograd_apply(c, x):
 
 novograd = Rule(
     novograd_start, novograd_apply, scalars="beta1 lr", finished="take weight_decay", stats=novograd_stats,
-    finish=novograd_finish, first=Sweep(G, 0), second=Sweep(P | G | M, P | M), sums=1, reports=2,
+    finish=novograd_finish, direction=momentum_direction, first=Sweep(G, 0), second=Sweep(P | G | M, P | M), sums=1,
+    reports=2,
 )  # fmt: skip
 
 # Aida (arXiv 2203.13273; author code): K mutual projections of each layer's gradient and momentum.
@@ -328,14 +330,14 @@ def aida_finish(h, layer):
 @triton.jit
 def aida_apply(c, x):
     r = c.b * x.m - c.a * x.g
-    v = average(x.v, c.c2, r * r) + c.eps
-    return Element(x.p - (divide(c.step * x.m, root(c.ic2 * v)) + c.decay * x.p), x.g, x.m, v)
+    x = Element(x.p, x.g, x.m, average(x.v, c.c2, r * r) + c.eps)
+    return descend(c, x, adam3_direction(c, x))
 
 
 aida = Rule(
-    adam_start, aida_apply, scalars="coupled c1 c2 ic2 eps step decay", finished="a b", moments=first_moment,
-    stats=aida_stats, finish=aida_finish, first=Sweep(G | M, M), second=Sweep(P | G | M | V, P | V), sums=3,
-    reports=3,
+    adam_start, aida_apply, scalars="coupled c1 c2 ic1 ic2 eps lr decay", finished="a b", moments=first_moment,
+    stats=aida_stats, finish=aida_finish, direction=adam3_direction, first=Sweep(G | M, M),
+    second=Sweep(P | G | M | V, P | V), sums=3, reports=3,
 )  # fmt: skip
 
 # LAdam and LAdaBelief, pre-processing (arXiv 2203.13273 v1-v3, author code): one second moment per layer.
@@ -343,7 +345,7 @@ aida = Rule(
 
 @triton.jit
 def ladam_pre_start(h, t):
-    return coupled_decay(h), f32(1 - h.beta1), f32(h.belief), decoupled_decay(h)
+    return coupled_decay(h), f32(1 - h.beta1), f32(h.belief), f32(h.lr), decoupled_decay(h)
 
 
 @triton.jit
@@ -353,21 +355,31 @@ def ladam_pre_stats(c, x):
 
 
 @triton.jit
+def ladam_pre_recall(h, layer):
+    return (f32(correction(h.beta1, layer.t) / tl.sqrt(correction(h.beta2, layer.t) * layer.state)),)
+
+
+@triton.jit
 def ladam_pre_finish(h, layer):
     mean = tl.where(layer.elements > 0, layer.stats[0] / layer.elements, 0.0)
     v = layer.state + ((1 - h.beta2) * (mean - layer.state) + h.eps)
-    step = h.lr * correction(h.beta1, layer.t) / tl.sqrt(correction(h.beta2, layer.t) * v)
-    return (f32(step),), v, (v,)
+    return ladam_pre_recall(h, as_left(layer, v, (v,))), v, (v,)
+
+
+@triton.jit
+def ladam_direction(c, x):
+    return c.scale * x.m
 
 
 @triton.jit
 def ladam_apply(c, x):
-    return Element(x.p - (c.step * x.m + c.decay * x.p), x.g, x.m, x.v)
+    return descend(c, x, ladam_direction(c, x))
 
 
 ladam_pre = Rule(
-    ladam_pre_start, ladam_apply, scalars="coupled c1 belief decay", finished="step", moments=first_moment,
-    stats=ladam_pre_stats, finish=ladam_pre_finish, first=Sweep(G | M, M), second=Sweep(P | M, P), sums=1, reports=1,
+    ladam_pre_start, ladam_apply, scalars="coupled c1 belief lr decay", finished="scale", moments=first_moment,
+    stats=ladam_pre_stats, finish=ladam_pre_finish, direction=ladam_direction, recall=ladam_pre_recall,
+    first=Sweep(G | M, M), second=Sweep(P | M, P), sums=1, reports=1,
 )  # fmt: skip
 
 # LAdam and LAdaBelief, post-processing [ours: the abstract of arXiv 2203.13273 v1 only names it]: the elementwise
@@ -382,6 +394,7 @@ def ladam_post_start(h, t):
         f32(1 - h.beta2),
         f32(h.belief),
         f32(tl.where(h.belief != 0, h.eps, 0.0)),
+        f32(h.lr),
         decoupled_decay(h),
     )
 
@@ -399,17 +412,23 @@ def ladam_post_stats(c, x):
 
 
 @triton.jit
+def ladam_post_recall(h, layer):
+    denominator = layer.report[0]
+    return (f32(tl.where(denominator != 0, correction(h.beta1, layer.t) / denominator, 0.0)),)
+
+
+@triton.jit
 def ladam_post_finish(h, layer):
     mean = tl.where(layer.elements > 0, layer.stats[0] / layer.elements, 0.0)
     denominator = tl.sqrt(correction(h.beta2, layer.t)) * mean + h.eps
-    step = tl.where(denominator != 0, h.lr * correction(h.beta1, layer.t) / denominator, 0.0)
-    return (f32(step),), layer.state, (denominator,)
+    report = (denominator,)
+    return ladam_post_recall(h, as_left(layer, layer.state, report)), layer.state, report
 
 
 ladam_post = Rule(
-    ladam_post_start, ladam_apply, scalars="coupled c1 c2 belief inner_eps decay", finished="step",
-    moments=ladam_post_moments, stats=ladam_post_stats, finish=ladam_post_finish, first=Sweep(G | M | V, M | V),
-    second=Sweep(P | M, P), sums=1, reports=1,
+    ladam_post_start, ladam_apply, scalars="coupled c1 c2 belief inner_eps lr decay", finished="scale",
+    moments=ladam_post_moments, stats=ladam_post_stats, finish=ladam_post_finish, direction=ladam_direction,
+    recall=ladam_post_recall, first=Sweep(G | M | V, M | V), second=Sweep(P | M, P), sums=1, reports=1,
 )  # fmt: skip
 
 # SET-Adam (arXiv 2302.01029): down-scaling, eps-embedding and down-translating of v at use; v itself stays Adam's.
@@ -421,8 +440,9 @@ def setadam_start(h, t):
         coupled_decay(h),
         f32(1 - h.beta1),
         f32(1 - h.beta2),
+        f32(correction(h.beta1, t)),
         f32(h.eps),
-        f32(h.lr * correction(h.beta1, t)),
+        f32(h.lr),
         decoupled_decay(h),
     )
 
@@ -433,30 +453,41 @@ def setadam_stats(c, x):
 
 
 @triton.jit
+def setadam_recall(h, layer):
+    cosine, least = layer.report
+    shift = tl.where(cosine != 0, h.tau * least, float("-inf"))  # no report yet: w = inf, no way
+    return f32(correction(h.beta2, layer.t) * (cosine * cosine)), f32(shift)
+
+
+@triton.jit
 def setadam_finish(h, layer):
     """v -> sqrt(scale*v + eps) is monotone, so the layer's least v gives the least w: one round of stats does."""
-    scale = correction(h.beta2, layer.t)
-    squared_cosine, least, shift = double(1.0), double(0.0), double(0.0)
+    squared_cosine, least = double(1.0), double(0.0)
     if layer.adapt:
         some = layer.elements > 0
         sum, squares, minimum = layer.stats
         squared_cosine = tl.where(some & (squares != 0), sum * sum / (layer.elements * squares), 1.0)
-        scale = scale * squared_cosine
+        scale = correction(h.beta2, layer.t) * squared_cosine
         least = tl.where(some, tl.sqrt(scale * minimum + h.eps), 0.0)
-        shift = h.tau * least
-    return (f32(scale), f32(shift)), layer.state, (tl.sqrt(squared_cosine), least)
+    report = (tl.sqrt(squared_cosine), least)
+    return setadam_recall(h, as_left(layer, layer.state, report)), layer.state, report
+
+
+@triton.jit
+def setadam_direction(c, x):
+    w = root(c.scale * x.v + c.eps) - c.shift
+    return divide(c.ic1 * x.m, w)
 
 
 @triton.jit
 def setadam_apply(c, x):
-    w = root(c.scale * x.v + c.eps) - c.shift
-    return Element(x.p - (divide(c.step * x.m, w) + c.decay * x.p), x.g, x.m, x.v)
+    return descend(c, x, setadam_direction(c, x))
 
 
 setadam = Rule(
-    setadam_start, setadam_apply, scalars="coupled c1 c2 eps step decay", finished="scale shift",
-    moments=adam_moments, stats=setadam_stats, finish=setadam_finish, first=Sweep(G | M | V, M | V),
-    second=Sweep(P | M | V, P), sums=2, minima=1, reports=2,
+    setadam_start, setadam_apply, scalars="coupled c1 c2 ic1 eps lr decay", finished="scale shift",
+    moments=adam_moments, stats=setadam_stats, finish=setadam_finish, direction=setadam_direction,
+    recall=setadam_recall, first=Sweep(G | M | V, M | V), second=Sweep(P | M | V, P), sums=2, minima=1, reports=2,
 )  # fmt: skip
 
 # AdamNorm and AdaBeliefNorm (AdaNorm, arXiv 2210.06364; author code): a gradient shorter than its running norm is
@@ -469,9 +500,10 @@ def adanorm_start(h, t):
         coupled_decay(h),
         f32(1 - h.beta1),
         f32(1 - h.beta2),
+        f32(correction(h.beta1, t)),
         f32(correction(h.beta2, t)),
         f32(h.eps),
-        f32(h.lr * correction(h.beta1, t)),
+        f32(h.lr),
         decoupled_decay(h),
         f32(h.belief),
     )
@@ -498,12 +530,12 @@ def adanorm_apply(c, x):
     lengthened = c.reach * (c.unit * x.g)  # in this order: reach * unit can pass fp32's range
     m = average(x.m, c.c1, lengthened)
     q = tl.where(c.belief != 0, lengthened - m, x.g)
-    v = average(x.v, c.c2, q * q) + c.eps
-    return Element(x.p - (divide(c.step * m, root(c.ic2 * v) + c.eps) + c.decay * x.p), x.g, m, v)
+    x = Element(x.p, x.g, m, average(x.v, c.c2, q * q) + c.eps)
+    return descend(c, x, adam_direction(c, x))
 
 
 adanorm = Rule(
-    adanorm_start, adanorm_apply, scalars="coupled c1 c2 ic2 eps step decay belief", finished="reach unit",
-    stats=adanorm_stats, finish=adanorm_finish, first=Sweep(G, 0), second=Sweep(P | G | M | V, P | M | V), sums=1,
-    reports=3,
+    adanorm_start, adanorm_apply, scalars="coupled c1 c2 ic1 ic2 eps lr decay belief", finished="reach unit",
+    stats=adanorm_stats, finish=adanorm_finish, direction=adam_direction, first=Sweep(G, 0),
+    second=Sweep(P | G | M | V, P | M | V), sums=1, reports=3,
 )  # fmt: skip

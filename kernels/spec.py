@@ -4,7 +4,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property
 
-from .rule import Rule, Sweep
+from .rule import M, P, Rule, Sweep, V
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -21,6 +21,7 @@ class Spec:
         live: whether some hyper-parameter is a tensor on the device.
         stateful: whether a layer has a float64 state.
         mixed: whether some layer of a rule with stats is without them (`adapt=False`).
+        leads: whether predicted weights are written beside the true ones.
     """
 
     rule: Rule
@@ -32,6 +33,7 @@ class Spec:
     live: bool
     stateful: bool
     mixed: bool
+    leads: bool = False
 
     @cached_property
     def Row(self):
@@ -72,10 +74,18 @@ class Spec:
     def couples(self) -> bool:
         return "coupled" in self.rule.scalars.split()
 
+    @property
+    def ahead(self) -> Sweep:
+        """What a sweep that only predicts needs: the states that `apply` goes by, beside the weight."""
+        return Sweep(P | (self.rule.second.reads & (M | V)), 0)
+
+    recalls = property(lambda self: self.rule.recall is not None)
     norms = property(lambda self: self.phases & 1 != 0)
     reduces = property(lambda self: self.phases & 2 != 0)
     finishes = property(lambda self: self.phases & 4 != 0)
     applies = property(lambda self: self.phases & 8 != 0)
+    predicts = property(lambda self: self.phases & 16 != 0)
+    counted = property(lambda self: self.phases & 48 == 16)  # what is predicted goes by a step that has been counted
     only_norms = property(lambda self: self.phases == 1)
     only_finishes = property(lambda self: self.phases == 4)
     once = property(lambda self: self.phases & 14 == 14)  # a layer is reduced, finished and applied in one launch
@@ -83,10 +93,8 @@ class Spec:
     @cached_property
     def cache_key(self) -> str:
         """All that the code depends on, the source of the rule's functions too: Triton looks into no tuple for them."""
-        functions = [part for part in self.rule if hasattr(part, "cache_key")]
-        data = [part for part in self.rule if part not in functions]
-        rest = (data, self.hyper, self.storage, self.tile, self.phases, self.clip, self.live, self.stateful, self.mixed)
-        return " ".join([*(function.cache_key for function in functions), repr(rest)])
+        rest = (self.hyper, self.storage, self.tile, self.phases, self.clip, self.live, self.stateful, self.mixed)
+        return " ".join([*(getattr(part, "cache_key", repr(part)) for part in self.rule), repr((*rest, self.leads))])
 
     def __repr__(self) -> str:
         return self.cache_key

@@ -25,8 +25,9 @@ class Given(NamedTuple):
     address: tl.tensor  # int64 [tensors, 4]: p, g, m, v; 0 is an operand that is not there
     counted: tl.tensor  # int64 [tensors]: 1 where this step counts
     elements: tl.tensor  # int64 [layers]: of the tensors with a gradient, -1 if there is none
-    row: tl.tensor  # float64: max_norm, then per group the gradient's sign and the hyper-parameters
+    row: tl.tensor  # float64: max_norm, ahead, then per group the gradient's sign and the hyper-parameters
     place: tl.tensor  # int64, as row: where on the device a value lives; 0: it is in the row; odd: it is float64
+    predicted: tl.tensor  # int64 [tensors]: addresses of predicted weights; empty where there are none
 
 
 class Kept(NamedTuple):
@@ -61,7 +62,7 @@ class Chunk(NamedTuple):
     slot: tl.tensor
     tensor: tl.tensor
     start: tl.tensor
-    count: tl.tensor  # 0 where the tensor has no gradient: then nothing of it is read, summed or written
+    count: tl.tensor  # 0 where the tensor takes no part: then nothing of it is read, summed or written
     layer: tl.tensor
 
 
@@ -91,25 +92,34 @@ class Item(NamedTuple):
     kind: tl.tensor
     chunk: Chunk
     layer: Layer
-    time: tl.tensor  # the number of this step, from 1
+    time: tl.tensor  # the number of the step that it belongs to, from 1
 
 
 @triton.jit
-def item_of(t, ticket):
+def item_of(t, ticket, spec: tl.constexpr):
     """An item of the plan with all that is known of it."""
     kind, index = small(t.plan.items + 2 * ticket), small(t.plan.items + 2 * ticket + 1)
     if kind == WHOLE:  # the index is the layer's, which has one chunk
         index = small(t.plan.layers + 7 * index + 1)
-    chunk = chunk_of(t, index)
-    return Item(kind, chunk, layer_of(t, chunk.layer), time_of(t, chunk))
+    chunk = chunk_of(t, index, spec)
+    return Item(kind, chunk, layer_of(t, chunk.layer), time_of(t, chunk, spec))
 
 
 @triton.jit
-def chunk_of(t, slot):
+def chunk_of(t, slot, spec: tl.constexpr):
     at = t.plan.chunks + 4 * slot
     tensor = small(at)
-    count = tl.where(tl.load(t.given.address + 4 * tensor + 1) != 0, small(at + 2), 0)
+    count = tl.where(takes_part(t, tensor, spec), small(at + 2), 0)
     return Chunk(slot, tensor, tl.load(at + 1), count, small(at + 3))
+
+
+@triton.jit
+def takes_part(t, tensor, spec: tl.constexpr):
+    """A tensor with a gradient; where predictions go by a counted step, one that has taken a step."""
+    if spec.counted:
+        return tl.load(t.kept.step + tensor) > 0
+    else:
+        return tl.load(t.given.address + 4 * tensor + 1) != 0
 
 
 @triton.jit
@@ -125,9 +135,12 @@ def layer_of(t, number):
 
 
 @triton.jit
-def time_of(t, chunk):
+def time_of(t, chunk, spec: tl.constexpr):
     """The number of this step, from 1."""
-    return tl.load(t.kept.step + chunk.tensor).to(tl.float64) + 1
+    time = tl.load(t.kept.step + chunk.tensor).to(tl.float64)
+    if not spec.counted:
+        time += 1
+    return time
 
 
 @triton.jit
@@ -140,14 +153,14 @@ def row_of(t, group, spec: tl.constexpr):
     """A group's hyper-parameters, by name."""
     values = ()
     for k in tl.static_range(tl.constexpr(spec.width)):
-        values = values + (value_of(t, 2 + group * (1 + spec.width) + k, spec),)
+        values = values + (value_of(t, 3 + group * (1 + spec.width) + k, spec),)
     return spec.Row(*values)
 
 
 @triton.jit
 def scale_of(t, layer, factor, spec: tl.constexpr):
     """What a gradient is multiplied with: its sign, and the clip's factor."""
-    return f32(tl.load(t.given.row + 1 + layer.group * (1 + spec.width)) * factor)
+    return f32(tl.load(t.given.row + 2 + layer.group * (1 + spec.width)) * factor)
 
 
 @triton.jit

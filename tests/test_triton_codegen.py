@@ -20,7 +20,8 @@ from layerfused.kernels import rules  # noqa: E402
 HERE = Path(__file__).parent
 TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
 EXACT = {"div.rn.f32", "div.rn.f64", "sqrt.rn.f32", "sqrt.rn.f64"}
-P, G = rules.P, rules.G
+P, G, M, V = rules.P, rules.G, rules.M, rules.V
+PREDICTED = 16  # a further operand
 
 
 def drive(argument, cache):
@@ -74,6 +75,8 @@ def test_arithmetic_is_exact(kernels, target):
 def sweeps(line):
     """Masks (reads, writes) of the tile loops that a variant has, coupled decay's reading of p included."""
     rule, fields = getattr(rules, line["rule"]), line["fields"]
+    if fields["phases"] & 16:
+        return [(P | (rule.second.reads & (M | V)), PREDICTED)]
     whole = (rule.first.reads | rule.second.reads, rule.first.writes | rule.second.writes)
     reduces, applies = fields["phases"] & 2, fields["phases"] & 8
     loops = []
@@ -83,7 +86,8 @@ def sweeps(line):
     elif applies:
         loops += [whole]
     coupled = P if "coupled" in rule.scalars.split() else 0
-    loops = [(reads | (coupled if reads & G else 0), writes) for reads, writes in loops]
+    leads = PREDICTED if fields.get("leads") else 0  # what applies writes p
+    loops = [(reads | (coupled if reads & G else 0), writes | (leads if writes & P else 0)) for reads, writes in loops]
     return loops + [(G, 0)] * (fields["phases"] & 1)
 
 
@@ -91,6 +95,7 @@ def accesses(mask, storage):
     """Accesses of 16 bytes that a thread needs for its part of a tile of each operand."""
     elements = triton_engine.TILE // (32 * triton_engine.WARPS)
     sizes = [2 if "16" in dtype else 4 for dtype in storage or ["float32"] * 4]
+    sizes.append(sizes[0])  # predicted weights
     return sum(elements * size // 16 for k, size in enumerate(sizes) if mask >> k & 1)
 
 

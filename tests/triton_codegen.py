@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
-from engines import NAMED, ONE_PER_RULE, make, parameters, starts, step, tame
+from engines import ONE_PER_RULE, make, parameters, starts, step, tame
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,15 +31,21 @@ FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
 WITH_P32 = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trust_lion.py"
 STEP, WITHOUT_NORM, PIECES = 15, 14, (1, 2, 4, 6, 8)
+PREDICT, UNCOUNTED = 16, 32
+REST = ("weight_decay", "ema", "damping", "max_step", "self_concordant", "signed_average", "reach", "base")
+ROWS = {"sgd": ("lr", "momentum", *REST), "adam": ("lr", "beta1", "beta2", "eps", *REST)}
 
 
 def signature():
     i, f, d, n = "*i64", "*fp32", "*fp64", "*i32"
-    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i)
+    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i, i)
     return tables.Table(plan, given, tables.Kept(f, d, d, d, d, i), tables.Work(n, d, f))
 
 
 def rule_of(name):
+    part, _, flavour = name.partition("_")
+    if part in ("slope", "curvature"):
+        return SimpleNamespace(name=name, hyper=ROWS[flavour], scalar="e", triton=getattr(kernels.rules, name))
     opt = make(name, parameters(starts((1,))))
     return opt.rule_of(opt.param_groups[0])
 
@@ -50,21 +57,32 @@ def variants(target):
         mixed = rule.layerwise and not rule.needs_adapt
         yield name, {"phases": STEP, "clip": True, "mixed": mixed}
         yield name, {"phases": WITHOUT_NORM}
+    for flavour in ROWS:
+        yield f"slope_{flavour}", {"phases": 7, "clip": True, "live": True}
+        yield f"slope_{flavour}", {"phases": PREDICT | UNCOUNTED, "clip": True, "live": True, "leads": True}
+        yield f"curvature_{flavour}", {"phases": WITHOUT_NORM, "clip": True, "live": True, "leads": True}
+    yield "lamb", {"phases": STEP, "clip": True, "mixed": True, "leads": True}
     if target != "cuda:90":
         return
     for name in ("lamb", "aida-k1", "adam-decay"):
         for storage in (BF16, FP16, WITH_P32):
             yield name, {"phases": WITHOUT_NORM, "storage": storage}
+    for name in ONE_PER_RULE:
+        yield name, {"phases": PREDICT, "leads": True}
+    for name in ("sgd", "adam-decay", "aida-k1"):
+        yield name, {"phases": WITHOUT_NORM, "leads": True}
+    yield "setadam-coupled", {"phases": WITHOUT_NORM, "storage": BF16, "leads": True}
+    yield "setadam-coupled", {"phases": PREDICT, "storage": FP16, "leads": True}
     yield "lamb", {"phases": WITHOUT_NORM, "live": True}
     for phases in PIECES:
         yield "lamb", {"phases": phases, "clip": phases == 1, "mixed": True}
 
 
-def compiled(name, target, phases, clip=False, mixed=False, live=False, storage=(torch.float32,) * 4):
+def compiled(name, target, phases, clip=False, mixed=False, live=False, leads=False, storage=(torch.float32,) * 4):
     rule = rule_of(name)
     types = tuple(triton_engine.TYPES[dtype] for dtype in storage)
-    form = triton_engine.triton_form(rule)
-    spec = kernels.Spec(form, rule.hyper, types, triton_engine.TILE, phases, clip, live, bool(rule.scalar), mixed)
+    form, rest = triton_engine.triton_form(rule), (clip, live, bool(rule.scalar), mixed, leads)
+    spec = kernels.Spec(form, rule.hyper, types, triton_engine.TILE, phases, *rest)
     source = ASTSource(engine.run, {"t": signature(), "spec": "constexpr"}, {(1,): spec}, {})
     backend, arch = target.split(":")
     options = triton_engine.options()
@@ -133,7 +151,7 @@ def compile_all(target):
         seconds = time.perf_counter() - began
         found = nvidia(kernel) if target.startswith("cuda") else amd(kernel)
         shown = {**fields, "storage": [str(dtype) for dtype in fields.get("storage", ())]}
-        line = {"rule": NAMED[name].rule, "fields": shown, "seconds": round(seconds, 2), **found}
+        line = {"rule": rule_of(name).name, "fields": shown, "seconds": round(seconds, 2), **found}
         print(json.dumps(line), flush=True)
 
 
