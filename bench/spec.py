@@ -1,7 +1,8 @@
-"""How an optimizer is named on the command line: `[clip+][package.]Name[:flag…][(key=value, …)]`.
+"""How an optimizer is named on the command line: `[clip+][xgrad+][package.]Name[:flag…][(key=value, …)]`.
 
 `LAMB(max_grad_norm=None)` is layerfused's, `torch.AdamW:fused` is `torch.optim.AdamW(…, fused=True)`,
-`pytorch_optimizer.Lamb` any importable class, and `clip+X` puts `clip_grad_norm_(params, 1.0)` before X's step.
+`pytorch_optimizer.Lamb` any importable class, `clip+X` puts `clip_grad_norm_(params, 1.0)` before X's step, and
+`xgrad+X` is `layerfused.XGrad` around X.
 """
 
 import ast
@@ -9,7 +10,12 @@ import importlib
 import re
 from dataclasses import dataclass, field
 
-FORM = re.compile(r"(?P<clip>clip\+)?(?P<path>[A-Za-z_][\w.]*)(?P<flags>(:\w+)*)(\((?P<arguments>.*)\))?", re.DOTALL)
+import layerfused
+
+FORM = re.compile(
+    r"(?P<clip>clip\+)?(?P<xgrad>xgrad\+)?(?P<path>[A-Za-z_][\w.]*)(?P<flags>(:\w+)*)(\((?P<arguments>.*)\))?",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Spec:
     flags: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
     clip: bool = False
+    xgrad: bool = False
 
     @property
     def engine(self):
@@ -60,12 +67,12 @@ def parse(text):
     """A `Spec` from its text; raises ValueError where the text has another form."""
     match = FORM.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"optimizer {text!r} is not of the form [clip+][package.]Name[:flag][(key=value, …)]")
+        raise ValueError(f"optimizer {text!r} is not of the form [clip+][xgrad+][package.]Name[:flag][(key=value, …)]")
     package, _, name = match["path"].rpartition(".")
     package = {"": "layerfused", "torch": "torch.optim"}.get(package, package)
     flags = tuple(match["flags"].split(":")[1:])
     options = dict.fromkeys(flags, True) | _options(text, match["arguments"] or "")
-    return Spec(text.strip(), package, name, flags, options, bool(match["clip"]))
+    return Spec(text.strip(), package, name, flags, options, bool(match["clip"]), bool(match["xgrad"]))
 
 
 def build(spec, params):
@@ -73,4 +80,5 @@ def build(spec, params):
     package = importlib.import_module(spec.package)
     if not hasattr(package, spec.name):
         raise ValueError(f"{spec.package} has no optimizer {spec.name!r}")
-    return getattr(package, spec.name)(params, **spec.options)
+    opt = getattr(package, spec.name)(params, **spec.options)
+    return layerfused.XGrad(opt) if spec.xgrad else opt
