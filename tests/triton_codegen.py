@@ -59,15 +59,16 @@ def variants(target):
         yield name, {"phases": WITHOUT_NORM}
     for flavour in ROWS:
         yield f"slope_{flavour}", {"phases": 7, "clip": True, "live": True}
-        yield f"slope_{flavour}", {"phases": PREDICT | UNCOUNTED, "clip": True, "live": True, "leads": True}
         yield f"curvature_{flavour}", {"phases": WITHOUT_NORM, "clip": True, "live": True, "leads": True}
-    yield "lamb", {"phases": STEP, "clip": True, "mixed": True, "leads": True}
     if target != "cuda:90":
         return
+    yield "lamb", {"phases": STEP, "clip": True, "mixed": True, "leads": True}
+    for flavour in ROWS:
+        yield f"slope_{flavour}", {"phases": PREDICT | UNCOUNTED, "clip": True, "live": True, "leads": True}
     for name in ("lamb", "aida-k1", "adam-decay"):
         for storage in (BF16, FP16, WITH_P32):
             yield name, {"phases": WITHOUT_NORM, "storage": storage}
-    for name in ONE_PER_RULE:
+    for name in ("sgd", "adam-decay", "lamb"):
         yield name, {"phases": PREDICT, "leads": True}
     for name in ("sgd", "adam-decay", "aida-k1"):
         yield name, {"phases": WITHOUT_NORM, "leads": True}
