@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 
@@ -23,6 +24,10 @@ ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", *SETTINGS)
 WHOLE_OPTIMIZERS = ("step_rule", "estimator", "product")
 # |p| over the model times this is how far away the second gradient is taken: what rounding of p leaves of the way
 REACH = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+WITHOUT = {
+    "max_grad_norm": "its step sizes are bounded by max_step",
+    "differentiable": "it differentiates the model itself",
+}
 
 
 def rule_of(name: str, hyper: tuple, states: tuple, scalar: str) -> Rule:
@@ -41,21 +46,35 @@ class Curvature(Optimizer):
     second: Rule
 
     def __init__(self, params, defaults: dict, options: dict, **common):
-        self._reach, self._base = torch.ones((), dtype=torch.float64), 1.0
-        self._left, self._copies = [], Lead(1.0)
+        for name in ("max_grad_norm", "differentiable"):
+            if common.get(name):
+                raise ValueError(f"{type(self).__name__} has no {name}, got {common[name]!r}: {WITHOUT[name]}")
+        self._begin()
         super().__init__(params, {**defaults, **options}, **common)
+
+    def _begin(self) -> None:
+        self._reach, self._base = torch.ones((), dtype=torch.float64), 1.0
+        self._left, self._copies, self._guided = {}, Lead(1.0), False
+
+    def __setstate__(self, state: dict) -> None:
+        self._begin()
+        super().__setstate__(state)
+
+    def _option(self, key: str) -> str:
+        return self.param_groups[0][key]
 
     # What the rows take from here
 
     reach = property(lambda self: self._reach)
     base = property(lambda self: self._base)
-    self_concordant = property(lambda self: float(self.defaults["step_rule"] == "self-concordant"))
-    signed_average = property(lambda self: float(self.defaults["estimator"] != "joint"))
+    self_concordant = property(lambda self: float(self._option("step_rule") == "self-concordant"))
+    signed_average = property(lambda self: float(self._option("estimator") != "joint"))
 
     def _check_group(self, group: dict) -> None:
         super()._check_group(group)
         for key in WHOLE_OPTIMIZERS:
-            if group[key] != self.defaults[key]:
+            chosen = (self.defaults if group is self.param_groups[0] else self.param_groups[0])[key]
+            if group[key] != chosen:
                 raise ValueError(f"{key} is the whole optimizer's: pass it to the constructor, not {group[key]!r} here")
         if "momentum" in group and not group["momentum"] < 1:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
@@ -98,21 +117,34 @@ class Curvature(Optimizer):
         closures = products.checked_closures(closure)
         self._current()
         products.check_left_over(self._params, self._left)
-        double = self.defaults["product"] == "double-backward"
-        product = (products.DoubleBackward if double else products.FiniteDifference)(self._params, closures)
-        loss = product.first()
+        double = self._option("product") == "double-backward"
+        if double and self._guided:  # it was the other one before
+            self._build()
+        self._held = False
+        way = (products.DoubleBackward if double else products.FiniteDifference)(self._params, closures)
+        loss = way.first()
         try:
             launches = self._read()
             if launches:
-                self._take(product, launches)
+                self._take(way, launches)
         except BaseException:
-            if product.moves and self._guided:
-                torch._foreach_copy_(self._params, [self._copies.of(p) for p in self._params])
+            self._undo()
             raise
         finally:
-            product.put_back()
-            self._left = [p.grad is not None and (p.grad, p.grad._version) or None for p in self._params]
+            way.put_back()
+            self._left = {p: (p.grad, p.grad._version) for p in self._params if p.grad is not None}
         return loss
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        """Puts the weights back, and where it was the first step the states: they were all 0."""
+        if self._held:
+            torch._foreach_copy_(self._params, [self._copies.of(p) for p in self._params])
+        for table in self._tables:
+            if not table.step.any():
+                table.scalars.zero_()
+                for p, name in product(table.params, table.rule.states):
+                    self.state[p][name].zero_()
 
     def _hold(self) -> None:
         """Keeps the weights that the step begins with, from which it goes on after the parameters were moved."""
@@ -122,27 +154,30 @@ class Curvature(Optimizer):
                 true = [self._copies.of(p) for p in launch.table.params]
                 launch.lead(true, 1.0)
                 second.lead(true, 0.0)
-        self._guided = True
+        self._guided = self._held = True
 
     @torch.no_grad()
-    def _take(self, product, launches: list) -> None:
-        if product.moves:
-            self._hold()
+    def _take(self, way, launches: list) -> None:
         seconds = [self._seconds[self._launches.index(launch)] for launch in launches]
-        phases = self._norm_phase(launches, [self._rows(launch) for launch in launches], math.inf, None)
+        rows = [self._rows(launch) for launch in launches]
+        if way.moves:
+            self._hold()
+        phases = self._norm_phase(launches, rows, math.inf, None)
         for launch in launches:  # a gradient that is not finite makes all launches of this step change nothing
             launch.run(phases & ~Phase.APPLY, self._rows(launch), math.inf)
-        self._base = product.base
+        self._base = way.base
         self._reach.fill_(1.0)
-        if product.moves:
+        if way.moves:
             self._find_reach(launches)
-        with product.along(self, launches) as gradients_at:
+        with way.along(self, launches) as gradients_at:
             gradients = self._gradients(launches, gradients_at)
+        if [g is None for g in gradients] != [p.grad is None for p in self._params]:
+            raise RuntimeError("the closure gave other parameters a gradient when it was called again")
         for p, g in zip(self._params, gradients, strict=True):
             p.grad = g
         for launch, second in zip(launches, seconds, strict=True):
-            if not second.read() or second.absent != launch.absent:
-                raise RuntimeError("the closure gave other parameters a gradient when it was called again")
+            if not second.read():
+                raise RuntimeError("the closure changed parameters or states of the optimizer")
             second.norm.copy_(launch.norm)
         skipped = self.skipped_steps
         for second in seconds:
@@ -170,14 +205,14 @@ class Curvature(Optimizer):
     def _gradients(self, launches: list, gradients_at: Callable) -> list:
         """The second gradients: along all directions at once, with random signs, or layer by layer."""
         tables = [launch.table for launch in launches]
-        if self.defaults["estimator"] != "exact":
+        if self._option("estimator") != "exact":
             for table, signs in zip(tables, self._signs(tables), strict=True):
                 table.report[:, SIGN] = signs
             return gradients_at()
         return self._blocks(tables, gradients_at)
 
     def _signs(self, tables: list[Table]) -> list:
-        if self.defaults["estimator"] == "joint":
+        if self._option("estimator") == "joint":
             return [1.0] * len(tables)
         # of their own, so that every rank draws the same and the user's random numbers are not touched
         generator = torch.Generator().manual_seed(int(max(table.step.max() for table in self._tables)))
@@ -213,7 +248,7 @@ class Curvature(Optimizer):
         A first pass over the gradients tells whether they are finite, a second finds the direction; then comes the move
         along it, and the second launch. What the model moves is not in it, nor the products that "exact" repeats.
         """
-        moves, total = self.defaults["product"] == "finite-difference", {"compulsory": 0, "requested": 0}
+        moves, total = self._option("product") == "finite-difference", {"compulsory": 0, "requested": 0}
         for launch, second in zip(self._launches, self._seconds, strict=True) if self._current() else ():
             needs, table = needs_of(self.rule), launch.table
             first = passes(table, self.state, [(G, 0), needs.first, predicting(needs), (P * moves, P * moves)])

@@ -18,11 +18,11 @@ def checked_closures(closure) -> list[Callable]:
     return closures
 
 
-def check_left_over(params: list, left: list) -> None:
+def check_left_over(params: list, left: dict) -> None:
     """Raises ValueError if there are gradients that the last step has not left: of them no curvature is known."""
-    for p, mine in zip(params, left or [None] * len(params), strict=True):
-        g = p.grad
-        if g is None or (mine is not None and g is mine[0] and g._version == mine[1]):
+    for p in params:
+        g, (mine, version) = p.grad, left.get(p, (None, 0))
+        if g is None or (g is mine and g._version == version):
             continue
         if bool(g.count_nonzero()):
             raise ValueError(
@@ -43,15 +43,13 @@ def keep_part(parts: dict, gradients: dict, spans: list) -> None:
 @contextmanager
 def kept_buffers():
     """Leaves the buffers of every module that is called inside as they were, whoever's it is."""
-    kept, seen = {}, set()
+    kept, seen = [], set()
 
     def keep(module, _):
-        if module in seen:
-            return
-        seen.update(module.modules())
-        for buffer in module.buffers():
-            if buffer not in kept:
-                kept[buffer] = buffer.detach().clone()
+        for each in module.modules() if module not in seen else ():
+            if each not in seen:
+                seen.add(each)
+                kept.extend((each, name, b, b.detach().clone()) for name, b in each._buffers.items() if b is not None)
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(keep)
     try:
@@ -59,8 +57,8 @@ def kept_buffers():
     finally:
         handle.remove()
         with torch.no_grad():
-            for buffer, value in kept.items():
-                buffer.copy_(value)
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer.copy_(value)  # a module may also have put another one in its place
 
 
 class Randomness:
@@ -117,7 +115,8 @@ class Product:
     @staticmethod
     def _own(g: torch.Tensor | None) -> torch.Tensor | None:
         """A gradient that the next backward() does not write over: DDP's may be views of its buckets."""
-        shared = g is not None and g.untyped_storage().nbytes() > g.nbytes
+        dense = g is not None and g.layout == torch.strided
+        shared = dense and g.untyped_storage().nbytes() > g.nbytes
         return g.clone() if shared else g
 
     def _look(self) -> list:
@@ -141,11 +140,11 @@ class Product:
 class FiniteDifference(Product):
     """Two ordinary gradients, the second a little further along: under DDP too, and for any kernel."""
 
-    def _evaluate(self) -> torch.Tensor:
+    def _evaluate(self, inputs: list | None = None) -> torch.Tensor:
         total = 0
         for closure in self._closures:
             loss = self._loss_of(closure)
-            loss.backward()
+            loss.backward(inputs=inputs)
             total = total + loss.detach().reshape(())
         return total
 
@@ -155,12 +154,28 @@ class FiniteDifference(Product):
             optimizer.predict_along(launches, None)
             self._clear()
             self._random.restore()
-            with kept_buffers(), torch.enable_grad():
-                self._evaluate()
+            torch.clear_autocast_cache()  # it holds the weights of the first evaluation
+            with kept_buffers():
+                self._evaluate(self._own_leaves())
+            torch.clear_autocast_cache()
             self._after.restore()
-            return [p.grad for p in self._params]
+            gradients = [p.grad for p in self._params]
+            self.put_back()
+            return gradients
 
         yield gradients_at
+
+    def _own_leaves(self) -> list | None:
+        """Whose gradients the second backward finds: those of somebody else's parameters stay as they are.
+
+        Under a process group all of them, for DDP waits for each.
+        """
+        return None if in_group() else [p for p in self._params if p.requires_grad]
+
+
+def in_group() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class DoubleBackward(Product):
@@ -170,17 +185,16 @@ class DoubleBackward(Product):
 
     def __init__(self, params: list, closures: list):
         super().__init__(params, closures)
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if in_group():
             raise RuntimeError(
                 "product='double-backward' leaves gradients unreduced in a process group: "
                 "use product='finite-difference'"
             )
 
     def _evaluate(self) -> torch.Tensor:
-        loss = sum(self._loss_of(closure).reshape(()) for closure in self._closures)
         self._wanted = [p for p in self._params if p.requires_grad]
         with torch.enable_grad():
+            loss = sum(self._loss_of(closure).reshape(()) for closure in self._closures)
             graph = torch.autograd.grad(loss, self._wanted, create_graph=True, allow_unused=True)
         self._graph = dict(zip(self._wanted, graph, strict=True))
         for p, g in self._graph.items():
@@ -190,6 +204,7 @@ class DoubleBackward(Product):
     @contextmanager
     def along(self, optimizer, launches: list):
         found = {p: g for p, g in self._graph.items() if g is not None}
+        check_twice([g for g in found.values() if g.requires_grad])
 
         def gradients_at() -> list:
             ways = [torch.zeros_like(p, requires_grad=False) for p in self._params]
@@ -217,6 +232,20 @@ class DoubleBackward(Product):
         except (RuntimeError, NotImplementedError) as error:
             if "derivative" not in str(error) and "differentiable" not in str(error):
                 raise
-            raise RuntimeError(
-                f"a kernel of the model has no second derivative ({error}): use product='finite-difference'"
-            ) from error
+            raise RuntimeError(NO_SECOND.format(error)) from error
+
+
+NO_SECOND = "a function of the model has no second derivative ({}): use product='finite-difference'"
+
+
+def check_twice(gradients: list) -> None:
+    """Raises RuntimeError if the graph of gradients ends in a function that autograd would pass over in silence."""
+    nodes, seen = [g.grad_fn for g in gradients], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "Error" in node.name() or "NotImplemented" in node.name():
+            raise RuntimeError(NO_SECOND.format(node.name()))
+        nodes.extend(following for following, _ in node.next_functions)
