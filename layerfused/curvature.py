@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import product
 
 import torch
 
@@ -137,14 +136,9 @@ class Curvature(Optimizer):
 
     @torch.no_grad()
     def _undo(self) -> None:
-        """Puts the weights back, and where it was the first step the states: they were all 0."""
+        """Puts the weights back."""
         if self._held:
             torch._foreach_copy_(self._params, [self._copies.of(p) for p in self._params])
-        for table in self._tables:
-            if not table.step.any():
-                table.scalars.zero_()
-                for p, name in product(table.params, table.rule.states):
-                    self.state[p][name].zero_()
 
     def _hold(self) -> None:
         """Keeps the weights that the step begins with, from which it goes on after the parameters were moved."""

@@ -85,7 +85,7 @@ class Product:
     base, moves = 1.0, True
 
     def __init__(self, params: list, closures: list):
-        self._params, self._closures = params, closures
+        self._params, self._own_params, self._closures = params, set(params), closures
         self._before = [p.grad for p in params]
 
     def first(self) -> torch.Tensor:
@@ -140,11 +140,18 @@ class Product:
 class FiniteDifference(Product):
     """Two ordinary gradients, the second a little further along: under DDP too, and for any kernel."""
 
-    def _evaluate(self, inputs: list | None = None) -> torch.Tensor:
+    def _evaluate(self, again: bool = False) -> torch.Tensor:
         total = 0
         for closure in self._closures:
             loss = self._loss_of(closure)
-            loss.backward(inputs=inputs)
+            # not backward(inputs=...): DDP waits for the gradients of all parameters, whoever's they are
+            others = [p for p in leaves(loss) if p not in self._own_params] if again else []
+            kept = [p.grad for p in others]
+            for p in others:
+                p.grad = None
+            loss.backward()
+            for p, g in zip(others, kept, strict=True):
+                p.grad = g
             total = total + loss.detach().reshape(())
         return total
 
@@ -155,22 +162,17 @@ class FiniteDifference(Product):
             self._clear()
             self._random.restore()
             torch.clear_autocast_cache()  # it holds the weights of the first evaluation
-            with kept_buffers():
-                self._evaluate(self._own_leaves())
-            torch.clear_autocast_cache()
-            self._after.restore()
+            try:
+                with kept_buffers():
+                    self._evaluate(again=True)
+            finally:
+                torch.clear_autocast_cache()
+                self._after.restore()
             gradients = [p.grad for p in self._params]
             self.put_back()
             return gradients
 
         yield gradients_at
-
-    def _own_leaves(self) -> list | None:
-        """Whose gradients the second backward finds: those of somebody else's parameters stay as they are.
-
-        Under a process group all of them, for DDP waits for each.
-        """
-        return None if in_group() else [p for p in self._params if p.requires_grad]
 
 
 def in_group() -> bool:
@@ -196,6 +198,7 @@ class DoubleBackward(Product):
         with torch.enable_grad():
             loss = sum(self._loss_of(closure).reshape(()) for closure in self._closures)
             graph = torch.autograd.grad(loss, self._wanted, create_graph=True, allow_unused=True)
+        check_twice([g for g in graph if g is not None and g.requires_grad])
         self._graph = dict(zip(self._wanted, graph, strict=True))
         for p, g in self._graph.items():
             p.grad = None if g is None else g.detach()
@@ -204,7 +207,6 @@ class DoubleBackward(Product):
     @contextmanager
     def along(self, optimizer, launches: list):
         found = {p: g for p, g in self._graph.items() if g is not None}
-        check_twice([g for g in found.values() if g.requires_grad])
 
         def gradients_at() -> list:
             ways = [torch.zeros_like(p, requires_grad=False) for p in self._params]
@@ -235,17 +237,28 @@ class DoubleBackward(Product):
             raise RuntimeError(NO_SECOND.format(error)) from error
 
 
+ENDS = ("torch::autograd::Error", "torch::autograd::NotImplemented", "torch::autograd::DelayedError")
 NO_SECOND = "a function of the model has no second derivative ({}): use product='finite-difference'"
 
 
 def check_twice(gradients: list) -> None:
     """Raises RuntimeError if the graph of gradients ends in a function that autograd would pass over in silence."""
-    nodes, seen = [g.grad_fn for g in gradients], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "Error" in node.name() or "NotImplemented" in node.name():
+    for node in nodes_behind(gradients):
+        if node.name() in ENDS:
             raise RuntimeError(NO_SECOND.format(node.name()))
-        nodes.extend(following for following, _ in node.next_functions)
+
+
+def nodes_behind(tensors: list) -> set:
+    """All nodes of the graph that tensors were made by."""
+    waiting, seen = [x.grad_fn for x in tensors], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return seen
+
+
+def leaves(loss: torch.Tensor) -> set:
+    """The tensors that a backward pass gives gradients."""
+    return {node.variable for node in nodes_behind([loss]) if hasattr(node, "variable")}

@@ -88,7 +88,8 @@ def sweeps(rule):
     if needs["sums"] + needs["minima"]:
         found = [(r1, w1, r2), (r2, lead, 0), (r1 | r2, w1 & ~w2, 0), (0, lead, 0), *found]  # in the middle: on chip
     coupled = P if needs["couples"] else 0
-    return [(G, 0, G), (P | r2 & (M | V), PREDICTED, 0)] + [(reads | (coupled if reads & G else 0), writes, again) for reads, writes, again in found]
+    found = [(reads | (coupled if reads & G else 0), writes, again) for reads, writes, again in found]
+    return [(G, 0, G), (P | r2 & (M | V), PREDICTED, 0), *found]
 
 
 def accesses(masks):

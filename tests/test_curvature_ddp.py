@@ -67,6 +67,7 @@ def work(rank, port, folder):
             )
     found["refused"] = [refuses_double_backward(flavour) for flavour in CLASSES]
     found["spoiled"] = [spoiled(flavour, rank) for flavour in CLASSES]
+    found["others"] = [halves(flavour, *part(0, rank, 2)) for flavour in CLASSES]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -92,6 +93,20 @@ def spoiled(flavour, rank):
             y = y * float("nan")
         opt.step(losses_of(model, (x, y), 1))
     return int(opt.skipped_steps), told(opt, list(model.parameters()))
+
+
+def halves(flavour, *data):
+    """Two steps where the optimizer has half of the model: gradients of the other half, and what they should be."""
+    model = DistributedDataParallel(network())
+    opt, theirs = make(flavour, model.module[0].parameters()), list(model.module[2].parameters())
+    for _ in range(2):
+        model.zero_grad()
+        losses_of(model, data, 1)().backward()
+        wanted = [p.grad.clone() for p in theirs]
+        model.zero_grad()
+        opt.step(losses_of(model, data, 1))
+        found = [p.grad for p in theirs]
+    return found, wanted
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +144,28 @@ def test_every_rank_skips_a_bad_batch(ranks):
         for (p, states), (q, theirs) in zip(own[1][0], other[1][0], strict=True):
             assert p.isfinite().all() and states["step"] == 2
             assert same_bits(p, q) and all(same_bits(states[name], theirs[name]) for name in states)
+
+
+def check_halves(found, wanted):
+    for g, want in zip(found, wanted, strict=True):
+        if g is not None:
+            torch.testing.assert_close(g, want)
+
+
+def test_gradients_of_another_optimizer(ranks):
+    """DDP waits for all parameters in every backward; those that are somebody else's get one gradient, not two."""
+    for found in ranks:
+        for pair in found["others"]:
+            check_halves(*pair)
+
+
+@pytest.mark.parametrize("flavour", CLASSES)
+def test_half_of_a_model_in_a_group_of_one_rank(flavour, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        check_halves(*halves(flavour, *batch(0)))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("flavour", CLASSES)

@@ -4,6 +4,7 @@ exceptions. The second forward must not be seen from outside.
 Left out: random numbers that are not torch's (Python's, NumPy's), and what a module keeps outside of its buffers.
 """
 
+import itertools
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
@@ -18,6 +19,7 @@ from curvature_oracle import (
     make,
     parameters,
     stats,
+    take_step,
 )
 from engines import threads
 from torch import nn
@@ -248,6 +250,49 @@ def test_a_function_that_is_once_differentiable(flavour, estimator):
         else:
             first = opt.step(closure).item()
             assert closure().item() < first
+
+
+@each_flavour
+def test_a_kernel_that_comes_later(flavour):
+    """A branch taken in the third step for the first time: averages that are no longer zeros are not spoiled either."""
+    params, calls = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))], itertools.count()
+    opt = make(flavour, params, product="double-backward")
+
+    def closure():
+        function = NoSecond.apply if next(calls) == 2 else torch.tanh
+        return (function(params[0]) * params[1] - 2).square().sum()
+
+    for _ in range(2):
+        opt.step(closure)
+    before = snapshot(opt, params)
+    with refused(RuntimeError, "product='finite-difference'"):
+        opt.step(closure)
+    assert_same(snapshot(opt, params), before)
+    opt.step(closure)
+    assert all(opt.state[p]["step"] == 3 for p in params)
+
+
+class ErrorFeedback(torch.autograd.Function):
+    """Differentiable as often as one likes, whatever it is called."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_a_function_is_not_known_by_its_name():
+    found = []
+    for function in (ErrorFeedback.apply, torch.square):
+        params = [nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))]
+        opt = make("sgd", params, product="double-backward")
+        take_step(opt, params, lambda ps, function=function: function(2 * ps[0]).square().sum())
+        found.append(stats(opt)[0]["curvature"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 # Autocast
