@@ -3,13 +3,20 @@
 import argparse
 import sys
 
-from . import gpu, model, report, step, tune
+from . import cost, gpu, model, report, step, tune
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in {"step": step, "tune": tune, "gpu": gpu, "report": report, "model": model}.items():
+    for name, module in {
+        "step": step,
+        "cost": cost,
+        "tune": tune,
+        "gpu": gpu,
+        "report": report,
+        "model": model,
+    }.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run, error=command.error)
