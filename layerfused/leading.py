@@ -2,6 +2,8 @@
 
 import torch
 
+from .table import untouched_like
+
 
 class Lead:
     """True weights in copies, predictions of them in the parameters.
@@ -21,8 +23,7 @@ class Lead:
         known = self.copies.get(p)
         like = known is not None and (known.shape, known.dtype, known.device) == (p.shape, p.dtype, p.device)
         if not like or known.stride() != strides_like(p):
-            copy = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
-            known = self.copies[p] = copy.copy_(known if like else p.detach())
+            known = self.copies[p] = untouched_like(p, p.dtype).copy_(known if like else p.detach())
         return known
 
     def guide(self, launches: list) -> None:

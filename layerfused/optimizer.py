@@ -250,15 +250,12 @@ class Optimizer(torch.optim.Optimizer):
             raise
         return [launch for launch in launches if launch.absent < len(launch.table.params)]
 
-    def _predict(self, phases: int = Phase.PREDICT) -> None:
-        """Writes predicted weights where `self._lead` says, for all parameters or for those of the step under way."""
-        launches = self._read()
-        if not phases & Phase.UNCOUNTED:
-            launches = self._launches
-        max_norm = self.defaults["max_grad_norm"] or 0.0 if phases & Phase.UNCOUNTED else 0.0
-        for launch in launches:
-            launch.run(phases, self._rows(launch), max_norm)
-            torch.autograd.graph.increment_version(launch.predicted or launch.table.params)
+    def _predict(self) -> None:
+        """Writes predicted weights where `self._lead` says, for all parameters, from what lies in memory."""
+        self._read()
+        for launch in self._launches:
+            launch.run(Phase.PREDICT, self._rows(launch), 0.0)
+            torch.autograd.graph.increment_version(launch.table.params)
 
     def _rows(self, launch) -> list[tuple]:
         """A row per group of the launch's table: the gradient's sign, then what the rule's row holds."""

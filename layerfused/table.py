@@ -154,10 +154,7 @@ class Table:
 def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
     """An elementwise state that lies in memory like its parameter: `old` itself if it does, else a copy, else zeros."""
     if old is None:
-        state = torch.empty_like(p, dtype=state_dtype(p), requires_grad=False, memory_format=torch.preserve_format)
-        if state.device.type == "cpu":
-            _cpu.prefer_huge_pages(state.data_ptr(), state.nbytes)
-        return state.zero_()
+        return untouched_like(p, state_dtype(p)).zero_()
     if old.shape != p.shape:
         raise ValueError(f"state {name!r} has shape {tuple(old.shape)}, its parameter has {tuple(p.shape)}")
     if not old.is_floating_point():
@@ -165,6 +162,14 @@ def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch
     if old.device == p.device and lies_like(old, p):
         return old
     return torch.empty_like(p, dtype=old.dtype, memory_format=torch.preserve_format).copy_(old)
+
+
+def untouched_like(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that lies like a parameter's, on large pages where the machine has them."""
+    new = torch.empty_like(p, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+    if new.device.type == "cpu":
+        _cpu.prefer_huge_pages(new.data_ptr(), new.nbytes)
+    return new
 
 
 def lies_like(a: torch.Tensor, b: torch.Tensor) -> bool:
