@@ -146,12 +146,14 @@ class FiniteDifference(Product):
             loss = self._loss_of(closure)
             # not backward(inputs=...): DDP waits for the gradients of all parameters, whoever's they are
             others = [p for p in leaves(loss) if p not in self._own_params] if again else []
-            kept = [p.grad for p in others]
+            kept = [self._own(p.grad) for p in others]
             for p in others:
                 p.grad = None
-            loss.backward()
-            for p, g in zip(others, kept, strict=True):
-                p.grad = g
+            try:
+                loss.backward()
+            finally:
+                for p, g in zip(others, kept, strict=True):
+                    p.grad = g
             total = total + loss.detach().reshape(())
         return total
 
