@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import layerfused as lf
 
-from . import demo_plots, digits
+from . import demo_plots, digits, training
 from . import spec as specs
 
 FACTORS = (0.3, 1.0, 3.0, 10.0)
@@ -66,7 +66,7 @@ QUICK = ("SGD", "LAMB", "torch.AdamW:fused")
 class Task(NamedTuple):
     """What all optimizers share: the data, how long they train, and the bar that counts their steps."""
 
-    data: digits.Digits
+    data: training.Data
     seed: int
     batch: int
     steps: int
@@ -92,7 +92,7 @@ def train(task, name, lr, steps, watch=None):
         if watch:
             watch(step, model, opt)
 
-    run = digits.train(model, opt, digits.batches(task.data.train, task.batch, steps, task.seed), after_step)
+    run = training.train(model, opt, training.batches(task.data.train, task.batch, steps, task.seed), after_step)
     task.bar.update(done + steps - task.bar.n)  # a run that diverged still counts whole
     return model, run
 
@@ -108,14 +108,9 @@ def search(task, name):
     return best["lr"], grid
 
 
-def finite(value):
-    """JSON has no NaN and no Inf: None stands for both."""
-    return value if math.isfinite(value) else None
-
-
 def outcome(model, split, run):
-    loss, accuracy = digits.score(model, split)
-    return {"accuracy": accuracy, "loss": finite(loss), "diverged_at": run.diverged_at}
+    loss, accuracy = training.score(model, split)
+    return {"accuracy": accuracy, "loss": training.finite(loss), "diverged_at": run.diverged_at}
 
 
 def adapted(opt):
@@ -130,16 +125,17 @@ def compete(task, name, lr):
     def watch(step, model, opt):
         if step % EVALUATE_EVERY == 0:
             curve["steps"].append(step)
-            curve["accuracy"].append(digits.score(model, task.data.test)[1])
+            curve["accuracy"].append(training.score(model, task.data.test)[1])
         if name == SEE_TRUST_RATIOS_OF:
             stats = opt.layer_stats()
             for layer in adapted(opt):
-                ratios.setdefault(layer, []).append(finite(float(stats[layer]["trust_ratio"])))
+                ratios.setdefault(layer, []).append(training.finite(float(stats[layer]["trust_ratio"])))
 
     model, run = train(task, name, lr, task.steps, watch)
     timings = {"steps_per_s": run.step_seconds, "optimizer_ms": run.optimizer_seconds}
     medians = {key: statistics.median(seconds or [math.inf]) for key, seconds in timings.items()}
-    timings = {"steps_per_s": 1 / medians["steps_per_s"], "optimizer_ms": finite(1e3 * medians["optimizer_ms"])}
+    optimizer_ms = training.finite(1e3 * medians["optimizer_ms"])
+    timings = {"steps_per_s": 1 / medians["steps_per_s"], "optimizer_ms": optimizer_ms}
     return outcome(model, task.data.test, run) | {"curve": curve, "timings": timings}, ratios
 
 

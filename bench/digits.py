@@ -1,38 +1,24 @@
-"""Real data small enough for two cores: scikit-learn's 8 x 8 digits, a convolutional network, a training loop."""
+"""Real data small enough for two cores: scikit-learn's 8 x 8 digits, a convolutional network, an autoencoder."""
 
-import math
-import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
+
+from .training import Data, Split, Task, entropy
 
 CLASSES = 10
 
 
-class Split(NamedTuple):
-    """Images [n, 1, 8, 8] in [-1, 1] and their labels [n]."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-class Digits(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
-
-
 def load(seed=0):
     """The 1,797 digits in 1,077 / 360 / 360, each class in the same proportion everywhere."""
+    from sklearn.datasets import load_digits  # here: the bench's other commands do without scikit-learn
+    from sklearn.model_selection import train_test_split
+
     x, y = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
     x, x_val, y, y_val = train_test_split(x, y, test_size=0.25, stratify=y, random_state=seed)
-    return Digits(*(_split(*part) for part in ((x, y), (x_val, y_val), (x_test, y_test))))
+    return Data(*(_split(*part) for part in ((x, y), (x_val, y_val), (x_test, y_test))))
 
 
 def _split(x, y):
@@ -59,54 +45,33 @@ def network(seed=0, width=8):
     return nn.Sequential(layers)
 
 
-def batches(split, size, steps, seed=0):
-    """`steps` random batches in an order fixed by the seed, full ones only: each epoch drops what is left over."""
-    size = min(size, len(split.y))
-    generator = torch.Generator().manual_seed(seed)
-    order = ()
-    for _ in range(steps):
-        if len(order) < size:
-            order = torch.randperm(len(split.y), generator=generator)
-        chosen, order = order[:size], order[size:]
-        yield split.x[chosen], split.y[chosen]
+def autoencoder(seed=0):
+    """64 pixels to 8 numbers and back by way of 128 and 32, tanh between: 26 thousand parameters in 12 tensors."""
+    torch.manual_seed(seed)
+    sizes = (64, 128, 32, 8, 32, 128, 64)
+    layers = OrderedDict(flatten=nn.Flatten())
+    for i, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+        layers[f"linear{i}"] = nn.Linear(before, after)
+        layers[f"tanh{i}"] = nn.Tanh()
+    del layers[f"tanh{i}"]
+    return nn.Sequential(layers)
 
 
-@torch.no_grad()
-def score(model, split):
-    """Mean loss and accuracy on a split."""
-    model.eval()
-    logits = model(split.x)
-    model.train()
-    return nn.functional.cross_entropy(logits, split.y).item(), (logits.argmax(1) == split.y).double().mean().item()
+def classification(everything=False):
+    """Which digit is it? With `everything` all 1,797 are trained on and none is left to be judged by."""
+    data = load()
+    if everything:
+        whole = Split(*(torch.cat(parts) for parts in zip(*data, strict=True)))
+        data = Data(whole, None, None)
+    return Task(data, network, entropy, data.train, "accuracy", facts(data))
 
 
-@dataclass
-class Run:
-    """What a training left: a loss per step, and seconds per step, of the whole step and of `opt.step()` alone."""
-
-    losses: list = field(default_factory=list)
-    step_seconds: list = field(default_factory=list)
-    optimizer_seconds: list = field(default_factory=list)
-    diverged_at: int | None = None  # the step (from 1) whose loss was NaN or Inf; the training ends there
+def reconstruction():
+    """The digit itself out of eight numbers; the loss is the mean over images and pixels."""
+    data = Data(*(Split(part.x, part.x.flatten(1)) for part in load()))
+    return Task(data, autoencoder, nn.functional.mse_loss, data.train, "loss", facts(data))
 
 
-def train(model, opt, data, after_step=None):
-    """One pass over the (x, y) pairs of `data`; `after_step(step)` is called after each step, outside the timing."""
-    run = Run()
-    for step, (x, y) in enumerate(data, 1):
-        start = time.perf_counter()
-        opt.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        run.losses.append(loss.item())
-        if not math.isfinite(run.losses[-1]):
-            run.diverged_at = step
-            break
-        loss.backward()
-        before = time.perf_counter()
-        opt.step()
-        end = time.perf_counter()
-        run.optimizer_seconds.append(end - before)
-        run.step_seconds.append(end - start)
-        if after_step:
-            after_step(step)
-    return run
+def facts(data):
+    sizes = {split: len(part.y) for split, part in data._asdict().items() if part}
+    return {"source": "sklearn.datasets.load_digits, split with random_state 0", "images": sizes}
