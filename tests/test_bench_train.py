@@ -11,8 +11,6 @@ from bench import claims, digits, studies, sweep, text, training, watch
 from bench.__main__ import main
 from bench.studies import STUDIES
 
-NEEDS = {"xgrad": "XGrad", "curvature": "CurvatureSGD"}
-
 
 @pytest.fixture(autouse=True)
 def same_threads():
@@ -31,8 +29,6 @@ def quick(name, folder, processes=1):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study(name, tmp_path, capsys):
-    if not hasattr(lf, NEEDS.get(name, "SGD")):
-        pytest.skip(f"no {NEEDS[name]} yet")
     document, png = quick(name, tmp_path)
     study, printed = STUDIES[name], capsys.readouterr().out
     assert len(document["rows"]) == len(study.settings) * len(study.contenders)
