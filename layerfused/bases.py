@@ -73,6 +73,12 @@ class Base:
             del groups[before:]
             raise
 
+    def let_go(self) -> None:
+        """Leaves the optimizer as one that nobody wraps."""
+        if self.lead.live:
+            with torch.no_grad():
+                self.restore()
+
     def prepare(self, ahead: float, predicted: bool) -> bool:
         """Makes ready for the optimizer's step; whether the parameters still hold predictions."""
         raise NotImplementedError
@@ -125,6 +131,13 @@ class Ours(Base):
     def predict(self, ahead: float, predicted: bool) -> None:
         self._aim(ahead, predicted)
         self.optimizer._predict()
+
+    def let_go(self) -> None:
+        super().let_go()
+        if self.optimizer._lead is self.lead:
+            self.optimizer._lead = None
+            for launch in self.optimizer._launches or ():
+                launch.lead(None, 0.0)
 
     def keys(self, group: dict) -> tuple[str, ...]:
         """What of a group a prediction depends on."""

@@ -13,10 +13,11 @@ class Lead:
 
     Attributes:
         copies: parameter -> its true weights.
+        live: whether the parameters hold predictions.
     """
 
     def __init__(self, ahead: float):
-        self.ahead, self.copies = ahead, {}
+        self.ahead, self.copies, self.live = ahead, {}, False
 
     def of(self, p: torch.Tensor) -> torch.Tensor:
         """The true weights of a parameter; of one that is new, or was given another type or layout, what it holds."""

@@ -68,6 +68,15 @@ class XGrad(torch.optim.Optimizer):
         if model is not None:
             attach(self, model)
 
+    @property
+    def _predicted(self) -> bool:
+        """Whether the parameters hold predictions."""
+        return self._base.lead.live
+
+    @_predicted.setter
+    def _predicted(self, live: bool) -> None:
+        self._base.lead.live = live
+
     param_groups = property(lambda self: self.optimizer.param_groups)
     state = property(lambda self: self.optimizer.state)
     defaults = property(lambda self: self.optimizer.defaults)
@@ -100,6 +109,7 @@ class XGrad(torch.optim.Optimizer):
     def _follow(self) -> None:
         """Hangs itself around the wrapped optimizer's steps, whoever calls for them, and around its loading."""
         me = self.optimizer._xgrad = weakref.ref(self)
+        weakref.finalize(self, self._base.let_go).atexit = False
 
         def mine(optimizer):
             return me() if optimizer._xgrad is me else None  # another one may have taken over
@@ -278,8 +288,8 @@ class XGrad(torch.optim.Optimizer):
         return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict:
-        kept = {key: self.__dict__[key] for key in ("optimizer", "steps", "training", "_predicted", "_begun")}
-        return {**kept, "kept": self._base.kept(), "copies": self._base.lead.copies if self._predicted else {}}
+        own = {key: self.__dict__[key] for key in ("optimizer", "steps", "training", "_begun")}
+        return {**own, "kept": self._base.kept(), "copies": self._base.lead.copies if self._predicted else {}}
 
     def __setstate__(self, state: dict) -> None:
         state = dict(state)
@@ -287,6 +297,7 @@ class XGrad(torch.optim.Optimizer):
         base = base_of(state["optimizer"])
         super().__setstate__({**state, "_base": base})
         base.lead.copies.update(copies)
+        base.lead.live = bool(copies)
         base.keep(kept)
         self._inside, self._warned, self._has_model = 0, False, False
         self._note()

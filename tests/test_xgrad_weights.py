@@ -3,6 +3,8 @@
 Left out: checkpoints of the optimizer (test_xgrad_resume.py) and what is refused (test_xgrad_errors.py).
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.nn import Linear, Sequential
@@ -216,3 +218,25 @@ def test_a_step_inside_of_true_weights(made):
     plain.step()
     plain.train()
     assert_same(xg, plain)
+
+
+@each_base
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_xgrad_that_is_gone_leaves_a_plain_optimizer(made, evaluated):
+    """With true weights in the parameters, and steps that go on from whatever they hold."""
+    net, xg = trained(made)
+    inner, true = xg.optimizer, true_weights(xg)
+    if evaluated:
+        xg.eval()
+    del xg
+    assert same(net.parameters(), true)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5)
+    plain_net = Net()
+    plain_net.load_state_dict(net.state_dict())
+    plain = made(plain_net.parameters())
+    plain.load_state_dict(deepcopy(inner.state_dict()))  # torch shares the tensors
+    for each in ((net, inner), (plain_net, plain)):
+        train(*each, [3])
+    assert same(net.parameters(), plain_net.parameters())
