@@ -1,6 +1,7 @@
 """What each study compares: tasks, optimizers, learning rates.
 
-All optimizers keep their defaults but for the learning rate, for which those of one study have equally many choices.
+All keep their defaults but for what their names say and the learning rate, of which those of one study have equally
+many to choose from.
 """
 
 import math
