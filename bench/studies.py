@@ -123,7 +123,7 @@ def bounded():
 
 
 def predicted():
-    bare = {"SGD(momentum=0.9)": half_decades(1e-2, 6), "Adam": half_decades(3e-4, 6), "AdamW": half_decades(3e-4, 6)}
+    bare = {"SGD(momentum=0.9)": half_decades(1e-2, 5), "Adam": half_decades(1e-3, 5), "AdamW": half_decades(1e-3, 5)}
     contenders = tuple(
         Contender(name, rates, ahead, rivals=(name,) if ahead else ())
         for name, rates in bare.items()

@@ -15,6 +15,7 @@ from array import array
 from native_driver import STORAGE, TYPES, load, numbers, packed
 
 P, G, M, V = 1, 2, 4, 8
+PREDICT = 16  # a phase
 
 
 class Memory:
@@ -92,9 +93,10 @@ class Run:
         counts = (4 * len(self.sizes), 8 * slots, 8 * layers * case["stats"], 8 * layers * case["reports"], 8)
         self.outputs = [Memory(bytes(size)) for size in counts]
         self.engine.set_outputs(*(memory.address for memory in self.outputs))
-        self.numbers = array("d", [1.0, 1.0, *case["row"], -1.0, *case["row"]])
+        self.numbers = array("d", [1.0, 2.0, 1.0, *case["row"], -1.0, *case["row"]])  # max_norm, ahead, a row each
         self.places = array("q", bytes(8 * len(self.numbers)))
-        self.live = Memory(array("f", self.numbers[2:3]).tobytes())  # lr on the device
+        self.live = Memory(array("f", self.numbers[3:4]).tobytes())  # lr on the device
+        self.predicted = [Memory(bytes(p.size)) for p, _ in self.operands[P]] if source.random() < 0.5 else []
         self.skipped, self.scale = Memory(bytes(8)), Memory(array("f", [4.0]).tobytes())
         self.found_inf = Memory(bytes(4))
 
@@ -107,8 +109,9 @@ class Run:
             row.insert(1, gradient if self.source.random() < 0.8 else None)
             addresses.extend(x[0].address if x else 0 for x in row)
             types.append(sum((x[1] if x else 0) << 8 * k for k, x in enumerate(row)))
-        self.places[2] = self.live.address if self.source.random() < 0.3 else 0
-        self.engine.give(0, addresses, types, self.numbers, self.places)
+        self.places[3] = self.live.address if self.source.random() < 0.3 else 0
+        predicted = array("q", (memory.address for memory in self.predicted))
+        self.engine.give(0, addresses, types, self.numbers, self.places, predicted)
 
     def step(self, way, phases):
         self.give()
@@ -116,11 +119,13 @@ class Run:
         scaling = (self.scale.address, self.found_inf.address) if scaled else (0, 0)
         for phase in phases:
             self.engine.run(phase, 0, clip, self.skipped.address, *scaling)
+        if self.predicted:
+            self.engine.run(PREDICT, 0, False, self.skipped.address, 0, 0)
 
     def hash(self):
         found = hashlib.sha256()
         tensors = [memory for rows in self.operands.values() for memory, _ in rows]
-        for memory in [*tensors, *self.outputs, self.skipped]:
+        for memory in [*tensors, *self.predicted, *self.outputs, self.skipped]:
             found.update(memory.content())
         return found.hexdigest()[:16]
 

@@ -171,7 +171,7 @@ def test_tables_that_are_not_rows():
         native_engine("lamb", items, chunks, layers[: len(layers) // 2], 2, 1)
 
 
-COLUMNS = {"addresses": 8, "types": 2, "numbers": 11, "places": 11}  # of two tensors and one group of LAMB
+COLUMNS = {"addresses": 8, "types": 2, "numbers": 12, "places": 12, "predicted": 2}  # two tensors, one group of LAMB
 
 
 @pytest.mark.parametrize("short", COLUMNS)
