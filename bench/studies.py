@@ -151,7 +151,7 @@ def quick(study):
 
 
 STUDIES = {
-    "set-adam": narrower("SET-Adam", {"SETAdam": ("Adam", "AdaBelief"), "SETAdam(eps=1e-6)": ("Adam(eps=1e-3)",)}),
+    "set-adam": narrower("SET-Adam", {"SETAdam": ("Adam", "AdaBelief")}),
     "aida": narrower("Aida", {"Aida": ("Adam", "AdaBelief", "AdaBelief(eps=1e-8)")}),
     "lambc": bounded(),
     "xgrad": predicted(),
