@@ -149,8 +149,9 @@ class Curvature(Optimizer):
         if way.moves:
             self._hold()
         phases = self._norm_phase(launches, rows, math.inf, None)
-        for launch in launches:  # a gradient that is not finite makes all launches of this step change nothing
-            launch.run(phases & ~Phase.APPLY, self._rows(launch), math.inf)
+        for launch, own in zip(launches, rows, strict=True):
+            # a gradient that is not finite makes all launches of this step change nothing
+            launch.run(phases & ~Phase.APPLY, own, math.inf)
         self._base = way.base
         self._reach.fill_(1.0)
         if way.moves:
