@@ -35,7 +35,11 @@ def keys_of(rule: Rule) -> tuple[str, ...]:
 
 
 class Base:
-    """An optimizer, its parameters' true weights, and how predictions of them are made."""
+    """An optimizer, its parameters' true weights, and how predictions of them are made.
+
+    A subclass adds `check()` (raises if it cannot be wrapped), `has_stepped()`, `predict(ahead, predicted)` (writes
+    predictions from the true weights, or from what the parameters hold) and `keys(group)`.
+    """
 
     def __init__(self, optimizer):
         self.optimizer, self.lead = optimizer, Lead(0)
@@ -105,9 +109,12 @@ class Ours(Base):
         for group in optimizer.param_groups:
             if group["differentiable"]:
                 raise ValueError("XGrad cannot wrap differentiable=True: the restored weights would cut the graph")
-            if optimizer.rule_of(group).direction is None:
+            rule = optimizer.rule_of(group)
+            if rule.direction is None:
                 remedy = "use momentum > 0" if "momentum" in group else "give its lf.Rule a `direction`"
                 raise ValueError(f"{type(optimizer).__name__} has nothing to predict weights from: {remedy}")
+            if rule.triton is not None and rule.triton.direction is None and "triton" in optimizer.engines:
+                raise ValueError(f"the Triton form of rule {rule.name!r} has no `direction`: give it one, too")
 
     def has_stepped(self) -> bool:
         self.optimizer._current()

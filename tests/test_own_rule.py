@@ -53,6 +53,17 @@ def test_other_engines_say_what_is_missing(rule):
         bare_class(parameters(there(starts((3,)))), backend="triton")
 
 
+def test_weight_prediction_needs_a_direction_in_each_form(rule):
+    cls, params = rule["TrustLion"], there(starts((3,)))
+    with pytest.raises(ValueError, match="TrustLion has nothing to predict weights from: give its lf.Rule a `dir"):
+        rule["lf"].XGrad(cls(parameters(params), backend="triton"))
+    half = rule["lf"].Rule(**{**vars(cls.rule), "direction": lambda s, h, t, report: (h.lr, s["exp_avg"])})
+    half_class = type("Half", (cls,), {"rule": half})
+    with pytest.raises(ValueError, match="the Triton form of rule 'trust_lion' has no `direction`"):
+        rule["lf"].XGrad(half_class(parameters(params), backend="triton"))
+    rule["lf"].XGrad(half_class(parameters(params), backend="reference"))
+
+
 def test_the_example_runs():
     """As a user runs it, without the interpreter; the loss falls."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
