@@ -107,7 +107,7 @@ def item_of(t, ticket, spec: tl.constexpr):
 
 @triton.jit
 def chunk_of(t, slot, spec: tl.constexpr):
-    at = t.plan.chunks + 4 * slot
+    at = t.plan.chunks + 5 * slot
     tensor = small(at)
     count = tl.where(takes_part(t, tensor, spec), small(at + 2), 0)
     return Chunk(slot, tensor, tl.load(at + 1), count, small(at + 3))

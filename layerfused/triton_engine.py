@@ -108,7 +108,7 @@ class TritonLaunch(DeviceLaunch):
         """Elements per layer that take part in this step, and which tensors count it."""
         counted = [0] * len(present)
         for number, spec in enumerate(self.table.layers):
-            taking = [span.count for span in spec.spans if present[span.tensor]]
+            taking = [span.stands_for for span in spec.spans if present[span.tensor]]
             self._elements[number] = sum(taking) if taking else -1
             for span in spec.spans:
                 counted[span.tensor] |= bool(taking)

@@ -1,0 +1,186 @@
+"""Parameters that are spread over ranks (DTensor): what of them lies here, and what that stands for."""
+
+from itertools import groupby
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .plan import Span, cut_rows
+
+
+def is_spread(tensor) -> bool:
+    """Whether it is a DTensor; torch.distributed.tensor is not imported for anybody who has none."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+class Part:
+    """What of a DTensor lies on this rank, as a plain tensor for the engines.
+
+    Args:
+        param: a parameter whose mesh this process is in.
+        name: for errors.
+
+    Attributes:
+        here: a tensor over the parameter's own local memory, whose `grad` is set for the time of a step.
+        states: the names of its elementwise states, which are spread as it is; the others are alike on all ranks.
+        dims: the dimensions of the mesh over which the parameter is cut; `_StridedShard` cuts, though it is no `Shard`.
+
+    Raises:
+        ValueError: if this process is not in the mesh, or the parameter is a sum that is still to be taken.
+    """
+
+    def __init__(self, param: torch.Tensor, name: str):
+        self.param, self.name = param, name
+        self.mesh, self.placements = param.device_mesh, param.placements
+        self.coordinate = self.mesh.get_coordinate()
+        if self.coordinate is None:
+            raise ValueError(
+                f"rank {rank()}: parameter {name} lies on {self.mesh}, which this process is not in: "
+                "give each rank's optimizer only parameters of its own meshes"
+            )
+        if any(placement.is_partial() for placement in self.placements):
+            raise ValueError(f"rank {rank()}: parameter {name} is placed {self.placements}: redistribute it first")
+        self.dims = tuple(k for k, placement in enumerate(self.placements) if not placement.is_replicate())
+        self.local = param._local_tensor
+        self.here, self.states = self.local.detach(), ()
+        if hasattr(self.here, "grad_dtype"):  # gradients may be of another type than parameters
+            self.here.grad_dtype = None
+
+    def speaks(self, dims: tuple[int, ...]) -> bool:
+        """Whether this rank's part counts among ranks along `dims`: of several that hold the same, the first."""
+        return all(self.coordinate[k] == 0 for k in dims if k not in self.dims)
+
+    def moved(self) -> bool:
+        """Whether the parameter was given another local tensor, or that one other memory."""
+        local = self.param._local_tensor
+        return local is not self.local or local.data_ptr() != self.here.data_ptr() or local.shape != self.here.shape
+
+    def spans(self, tensor: int, layer) -> list[list[Span]]:
+        """Per layer, the spans that lie here; a layer of which nothing does still has one, so that ranks agree."""
+        sizes = cut_rows(self.param.shape, layer)
+        if len(sizes) == 1:
+            return [[Span(tensor, 0, self.here.numel(), sizes[0])]]
+        ids = self._rows()
+        row, found, last = self.here.numel() // max(len(ids), 1), [[] for _ in sizes], 0
+        ends = torch.tensor(sizes).cumsum(0) // (self.param.numel() // self.param.shape[0] or 1)
+        owners = torch.searchsorted(ends, torch.tensor(ids), right=True).tolist()
+        for owner, run in groupby(enumerate(owners), key=lambda pair: pair[1]):
+            first, *_ = run = [index for index, _ in run]
+            found[owner].append(Span(tensor, first * row, len(run) * row, len(run) * row))
+        for spans, size in zip(found, sizes, strict=True):
+            spans[:1] = [self._standing(spans, tensor, last, size)]
+            last = spans[-1].start + spans[-1].count
+        return found
+
+    @staticmethod
+    def _standing(spans: list[Span], tensor: int, last: int, size: int) -> Span:
+        """The first span, which stands for what of its layer is elsewhere."""
+        first = spans[0] if spans else Span(tensor, last, 0, 0)
+        return first._replace(elements=size - sum(span.count for span in spans[1:]))
+
+    def _rows(self) -> list[int]:
+        """The numbers, in the whole parameter, of the rows of dimension 0 that lie here."""
+        ids = torch.arange(self.param.shape[0])
+        for k in self.dims:
+            placement = self.placements[k]
+            if placement.dim == 0:
+                pieces, _ = placement._split_tensor(ids, self.mesh.size(k), with_padding=False, contiguous=True)
+                ids = pieces[self.coordinate[k]]
+        if len(ids) != self.here.shape[0]:
+            raise ValueError(
+                f"rank {rank()}: parameter {self.name} has {self.here.shape[0]} rows here where {self.placements} "
+                f"gives {len(ids)}: use layer='tensor' for it"
+            )
+        return ids.tolist()
+
+    # States
+
+    def take(self, state: torch.Tensor) -> torch.Tensor:
+        """What of an elementwise state lies here.
+
+        Args:
+            state: a DTensor of the same mesh, or a plain tensor of the whole parameter's shape, alike on all ranks.
+        """
+        if not is_spread(state):
+            from torch.distributed.tensor import distribute_tensor
+
+            state = distribute_tensor(state, self.mesh, self.placements, src_data_rank=None)
+        if state.device_mesh != self.mesh:
+            raise ValueError(
+                f"rank {rank()}: a state of parameter {self.name} lies on {state.device_mesh}, the parameter on "
+                f"{self.mesh}: load it with torch.distributed.checkpoint"
+            )
+        if state.placements != self.placements:
+            state = state.redistribute(placements=self.placements)
+        return state._local_tensor
+
+    def spread(self, here: torch.Tensor) -> torch.Tensor:
+        """A DTensor of which `here` is this rank's part, placed as the parameter is."""
+        from torch.distributed.tensor import DTensor
+
+        shape, stride = self.param.shape, self.param.stride()
+        return DTensor.from_local(here, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
+
+class Parts:
+    """All parameters of an optimizer, with a `Part` for each that is spread.
+
+    Args:
+        params: in the optimizer's order.
+        names: of the parameters.
+    """
+
+    def __init__(self, params: list[torch.Tensor], names: list[str]):
+        spread = [(p, name) for p, name in zip(params, names, strict=True) if is_spread(p)]
+        self.of = {p: Part(p, name) for p, name in spread}
+        self.owner = {part.here: p for p, part in self.of.items()}
+        self._watched, self._known = [], []
+
+    def here(self, p: torch.Tensor) -> torch.Tensor:
+        """The tensor that engines see."""
+        return self.of[p].here if p in self.of else p
+
+    def param(self, here: torch.Tensor) -> torch.Tensor:
+        """The parameter behind what engines see."""
+        return self.owner.get(here, here)
+
+    def taken(self, entries: dict) -> dict:
+        """States by what engines see; of a spread parameter those that lie here, in a dict of their own."""
+        found = {}
+        for p, own in entries.items():
+            part = self.of.get(p)
+            here = {} if part is None else {name: part.take(own[name]) for name in part.states if name in own}
+            found[self.here(p)] = own if part is None else {**own, **here}
+        return found
+
+    def put(self, taken: dict, entries: dict) -> None:
+        """Brings what `taken` gave, and what has been added to it, back into the entries of spread parameters."""
+        for p, part in self.of.items():
+            own = entries[p]
+            for name, value in taken[part.here].items():
+                old = own.get(name)
+                if name not in part.states:
+                    own[name] = value
+                elif not is_spread(old) or old._local_tensor is not value:
+                    own[name] = part.spread(value)
+
+    def watch(self, state: dict) -> None:
+        """Remembers the states of spread parameters, of which engines see their own dicts only."""
+        self._watched = [(state[p], name) for p in self.of for name in state[p]]
+        self._known = [own[name] for own, name in self._watched]
+
+    def changed(self) -> bool:
+        """Whether a spread parameter's memory or states are not what they were."""
+        if not self.of:
+            return False
+        if any(own.get(name) is not known for (own, name), known in zip(self._watched, self._known, strict=True)):
+            return True
+        return any(part.moved() for part in self.of.values())
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
