@@ -34,6 +34,7 @@ class Curvature(Optimizer):
     """
 
     needs_closure = True
+    spreads = False
     second: Rule
 
     def __init__(self, params, defaults: dict, options: dict, **common):
@@ -73,9 +74,9 @@ class Curvature(Optimizer):
     def state_names(self, rule: Rule) -> tuple[str, ...]:
         return (*super().state_names(rule), self.second.scalar)
 
-    def _build(self) -> None:
+    def _build(self, agree: bool = False) -> None:
         """As the base's, and a second launch beside each, which shares steps, states and report with it."""
-        super()._build()
+        super()._build(agree)
         self._seconds = []
         for launch in self._launches:
             first = launch.table

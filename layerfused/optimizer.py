@@ -9,8 +9,10 @@ from . import state_dicts
 from ._cpu import same
 from .backends import engines_of, launch_of
 from .checks import ANY, RANGES, check_group, check_range, trust_bounds
+from .exchange import Exchange, agree, group_device, summed
+from .parts import Parts, is_spread
 from .plan import Phase
-from .reports import by_name
+from .reports import by_name, names_of
 from .rule import Rule
 from .table import Table, check_overlap
 from .traffic import traffic
@@ -39,6 +41,8 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: let autograd see the step (reference engine).
         max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
+        norm_group: the process group over which that norm is summed, where each rank holds parameters of its own
+            (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
         foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
 
@@ -51,6 +55,7 @@ class Optimizer(torch.optim.Optimizer):
 
     rule: Rule
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
+    spreads = True  # whether parameters may be DTensors
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: bool = False,
         backend: str = "auto",
         max_grad_norm: float | None = None,
+        norm_group=None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -70,10 +76,12 @@ class Optimizer(torch.optim.Optimizer):
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
-        self._launches, self._tables, self._lead = None, [], None
+        if norm_group is not None and max_grad_norm is None:
+            raise ValueError("norm_group needs max_grad_norm: there is no norm to sum")
+        self._launches, self._tables, self._lead, self.norm_group = None, [], None, norm_group
         super().__init__(params, {**defaults, **common})
         self.defaults["max_grad_norm"] = max_grad_norm
-        self._build()
+        self._build(agree=True)
 
     # Groups and states
 
@@ -103,7 +111,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self._check_group(self.param_groups[-1])
             if built:
-                self._build()
+                self._build(agree=True)
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -121,40 +129,40 @@ class Optimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"parameter of dtype {p.dtype} and shape {tuple(p.shape)}: a real floating-point type is needed"
                 )
-            if is_traceable_wrapper_subclass(p):
-                raise TypeError(
-                    f"{type(p).__name__} parameters (sharded or quantised) are not supported by this version"
-                )
+            if is_traceable_wrapper_subclass(p) and not (is_spread(p) and self.spreads):
+                raise TypeError(f"{type(self).__name__} does not take parameters that are a {type(p).__name__}")
             if p.layout != torch.strided:
                 raise ValueError(f"parameter with layout {p.layout} is not supported: use a dense one")
 
-    def _build(self) -> None:
+    def _build(self, agree: bool = False) -> None:
         """Makes tables and launches, the states that are missing, and drops those of parameters that left.
 
         Everything is checked before `state` is touched.
+
+        Args:
+            agree: compare with the other ranks what they hold; only where all of them come at once.
         """
         self._launches, self._valid = None, {}
-        self._params = [p for group in self.param_groups for p in group["params"]]
-        check_overlap(self._params)
-        members = defaultdict(dict)  # of each launch: group number -> parameters
-        for number, group in enumerate(self.param_groups):
-            rule = self.rule_of(group)
-            if rule.needs_adapt and not group["adapt"]:
-                raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
-            for p, engine in zip(group["params"], engines_of(group, rule), strict=True):
-                variant = launch_of(engine).variant(p, self.state.get(p, {}), rule)
-                members[engine, p.device, rule, variant].setdefault(number, []).append(p)
-            if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
-                raise ValueError("layer='group' needs states of one type on this engine: load them alike, or cast them")
-        tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
         reports = self._reports()
-        for (engine, _, rule, _), lists in members.items():
-            tables.append((engine, Table(rule, [self.param_groups[number] for number in lists], list(lists.values()))))
-            tables[-1][1].adopt(entries)
-            tables[-1][1].recall(reports)
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._parts = parts = self._find_parts(agree)
+        check_overlap([parts.here(p) for p in self._params])
+        entries = {p: dict(self.state.get(p, {})) for p in self._params}
+        taken = parts.taken(entries)
+        tables = []
+        for (engine, _, rule, _, share), lists in self._members(taken).items():
+            groups = [self.param_groups[number] for number in lists]
+            table = Table(rule, groups, list(lists.values()), parts.spans)
+            table.adopt(taken)
+            table.recall({parts.here(p): report for p, report in reports.items() if p in entries})
+            tables.append((engine, share, table))
+        parts.put(taken, entries)
         self._keep(entries)
-        self._tables = [table for _, table in tables]
-        self._launches = [launch_of(engine)(table, self.state) for engine, table in tables]
+        parts.watch(self.state)
+        self._states = {parts.here(p): taken[parts.here(p)] if p in parts.of else own for p, own in self.state.items()}
+        self._tables = [table for *_, table in tables]
+        self._launches = [launch_of(engine)(table, self._states) for engine, _, table in tables]
+        self._exchanges = self._make_exchanges([share for _, share, _ in tables])
         if self._lead:
             self._lead.guide(self._launches)
         self._entries, self._structure = list(self.state.values()), self._look()
@@ -166,6 +174,55 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _find_parts(self, compare: bool) -> Parts:
+        """What lies here of parameters that are spread over ranks."""
+        parts = Parts(self._params, names_of(self.param_groups))
+        for group in self.param_groups if parts.of else ():
+            rule = self.rule_of(group)
+            for p in group["params"]:
+                if p in parts.of:
+                    parts.of[p].states = rule.states
+                    parts.of[p].layers = f"rule {rule.name}, layer={group['layer']!r}, adapt={group['adapt']}"
+        for mesh in parts.meshes if compare else ():
+            agree(mesh, parts.told(mesh))
+        return parts
+
+    def _members(self, taken: dict) -> dict:
+        """Of each launch, which parameters of which group: (engine, device, rule, variant, share) -> number -> list."""
+        members = defaultdict(dict)
+        for number, group in enumerate(self.param_groups):
+            rule = self.rule_of(group)
+            if rule.needs_adapt and not group["adapt"]:
+                raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
+            params = [self._parts.here(p) for p in group["params"]]
+            for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
+                share = self._parts.share(self._parts.param(p))
+                if share and engine == "reference" and rule.layerwise:
+                    raise ValueError(
+                        f"a parameter of {p.dtype} that is spread over ranks, here {tuple(p.shape)}, cannot be served "
+                        "by the reference engine: use float32, bfloat16 or float16 and backend='auto'"
+                    )
+                variant = launch_of(engine).variant(p, taken[p], rule)
+                members[engine, p.device, rule, variant, share].setdefault(number, []).append(p)
+            if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
+                raise ValueError(
+                    "layer='group' needs states of one type on this engine: load them alike, or cast them; and tensors "
+                    "that are spread over ranks alike: give others a group of their own"
+                )
+        return members
+
+    def _make_exchanges(self, shares: list) -> list[Exchange]:
+        """What is to be exchanged over each mesh."""
+        order = {self._parts.here(p): number for number, p in enumerate(self._params)}
+        found = []
+        for mesh, dims in self._parts.meshes.items():
+            if dims:
+                pairs = zip(self._launches, shares, strict=True)
+                found.append(Exchange(mesh, dims, [(one, s[1]) for one, s in pairs if s and s[0] == mesh], order))
+                for launch in found[-1].launches:
+                    launch.spread = True
+        return found
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
@@ -180,7 +237,8 @@ class Optimizer(torch.optim.Optimizer):
         found = {}
         for table in self._tables:
             report = table.report.cpu()
-            found.update((p, report[numbers]) for p, numbers in zip(table.params, table.layers_of(), strict=True))
+            params = map(self._parts.param, table.params)
+            found.update((p, report[numbers]) for p, numbers in zip(params, table.layers_of(), strict=True))
         return found
 
     def _look(self) -> list:
@@ -193,6 +251,7 @@ class Optimizer(torch.optim.Optimizer):
             or not same([p for group in self.param_groups for p in group["params"]], self._params)
             or not same(list(self.state.values()), self._entries)
             or self._look() != self._structure
+            or self._parts.changed()
         ):
             self._build()
         return self._launches
@@ -226,29 +285,42 @@ class Optimizer(torch.optim.Optimizer):
         if len(launches) > 1:
             for launch, own in zip(launches, rows, strict=True):
                 launch.prepare(phases, own, max_norm)
+        self._exchange(launches, rows, max_norm)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             skipped = self.skipped_steps  # all launches skip together, and the first counts it
             for launch, own in zip(launches, rows, strict=True):
-                if launch.run(phases, own, max_norm, skipped):
-                    torch.autograd.graph.increment_version(launch.written())
+                if launch.run(phases & ~Phase.REDUCE if launch.spread else phases, own, max_norm, skipped):
+                    torch.autograd.graph.increment_version(self._parts.versions(launch.written()))
                 skipped = None
+        self._parts.release()
         return loss
+
+    def _exchange(self, launches: list, rows: list, max_norm: float) -> None:
+        """Takes the stats of layers that are spread over ranks, of what lies here and then of all."""
+        own = {id(launch): row for launch, row in zip(launches, rows, strict=True)}
+        for exchange in self._exchanges:
+            if exchange.size:
+                for launch in exchange.launches:
+                    launch.run(Phase.REDUCE, own[id(launch)], max_norm)
+                exchange.run()
 
     def _read(self) -> list:
         """Launches that have read and checked every address."""
         launches = self._current()
         try:
+            self._parts.read()
             if not all([launch.read() for launch in launches]):  # shapes, types, devices or states changed
                 self._build()
+                self._parts.read()
                 launches = self._launches
                 if not all([launch.read() for launch in launches]):
                     raise RuntimeError("parameters change while the optimizer reads them: step() needs them at rest")
             elif any(launch.moved for launch in launches):
-                check_overlap(self._params)
+                check_overlap([self._parts.here(p) for p in self._params])
         except BaseException:
             self._launches = None  # what was wrong must be looked at again
             raise
-        return [launch for launch in launches if launch.absent < len(launch.table.params)]
+        return [launch for launch in launches if launch.spread or launch.absent < len(launch.table.params)]
 
     def _predict(self) -> None:
         """Writes predicted weights where `self._lead` says, for all parameters, from what lies in memory."""
@@ -295,17 +367,25 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(torch.as_tensor(given).reshape(()), non_blocking=True)
         elif not max_norm:
             return Phase.STEP & ~Phase.NORM
-        elif not launches:  # nothing has a gradient
-            self.grad_norm.zero_()
-        elif len(self._launches) == 1:
+        elif len(self._launches) == len(launches) == 1 and not self._exchanges and self.norm_group is None:
             return Phase.STEP
         else:
             for launch, own in zip(launches, rows, strict=True):
                 launch.run(Phase.NORM, own, max_norm)
-            self.grad_norm.copy_(torch.stack([launch.norm.to(self.grad_norm.device) for launch in launches]).norm())
+            self.grad_norm.copy_(self._total_norm(launches))
         for launch in launches:
             launch.norm.copy_(self.grad_norm)
         return Phase.STEP & ~Phase.NORM
+
+    def _total_norm(self, launches: list) -> torch.Tensor:
+        """The norm of all gradients, wherever they lie, from each launch's own."""
+        device = self.grad_norm.device
+        squares = [launch.norm.to(device) ** 2 for launch in launches if not launch.spread]
+        squares += [exchange.squared_norm().to(device) for exchange in self._exchanges]
+        total = sum(squares, torch.zeros((), dtype=torch.float64, device=device))
+        if self.norm_group is not None:
+            total = summed(total.reshape(1).to(group_device(self.norm_group)), self.norm_group)[0].to(device)
+        return total.sqrt()
 
     # What it tells
 
@@ -325,7 +405,7 @@ class Optimizer(torch.optim.Optimizer):
             Keys are the parameters' names if the optimizer was built from named parameters, else "group.index".
         """
         self._current()
-        return by_name(self.param_groups, self._tables)
+        return by_name(self.param_groups, self._tables, self._parts.here)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that one step moves when every parameter has a gradient, by the plan's own count, and its launches.
@@ -336,7 +416,7 @@ class Optimizer(torch.optim.Optimizer):
             is found in a cache is the machine's affair); "launches": native calls.
         """
         counts = [
-            traffic(launch.table, self.state, bool(self.defaults["max_grad_norm"]), launch.on_chip, launch.leads)
+            traffic(launch.table, self._states, bool(self.defaults["max_grad_norm"]), launch.on_chip, launch.leads)
             for launch in self._current()
         ]
         totals = {key: sum(count[key] for count in counts) for key in ("compulsory", "requested")}
@@ -370,4 +450,4 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._launches, self._tables, self._lead = None, [], None
+        self._launches, self._tables, self._lead, self.norm_group = None, [], None, None

@@ -1,11 +1,14 @@
 """Parameters that are spread over ranks (DTensor): what of them lies here, and what that stands for."""
 
+from collections import defaultdict
 from itertools import groupby
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .plan import Span, cut_rows
+from .table import whole_spans
 
 
 def is_spread(tensor) -> bool:
@@ -27,6 +30,7 @@ class Part:
     Attributes:
         here: a tensor over the parameter's own local memory, whose `grad` is set for the time of a step.
         states: the names of its elementwise states, which are spread as it is; the others are alike on all ranks.
+        layers: the rule and how its group cuts and adapts layers, for comparing ranks.
         dims: the dimensions of the mesh over which the parameter is cut; `_StridedShard` cuts, though it is no `Shard`.
 
     Raises:
@@ -46,7 +50,7 @@ class Part:
             raise ValueError(f"rank {rank()}: parameter {name} is placed {self.placements}: redistribute it first")
         self.dims = tuple(k for k, placement in enumerate(self.placements) if not placement.is_replicate())
         self.local = param._local_tensor
-        self.here, self.states = self.local.detach(), ()
+        self.here, self.states, self.layers = self.local.detach(), (), ""
         if hasattr(self.here, "grad_dtype"):  # gradients may be of another type than parameters
             self.here.grad_dtype = None
 
@@ -59,27 +63,27 @@ class Part:
         local = self.param._local_tensor
         return local is not self.local or local.data_ptr() != self.here.data_ptr() or local.shape != self.here.shape
 
-    def spans(self, tensor: int, layer) -> list[list[Span]]:
+    def spans(self, number: int, layer) -> list[list[Span]]:
         """Per layer, the spans that lie here; a layer of which nothing does still has one, so that ranks agree."""
         sizes = cut_rows(self.param.shape, layer)
         if len(sizes) == 1:
-            return [[Span(tensor, 0, self.here.numel(), sizes[0])]]
+            return [[Span(number, 0, self.here.numel(), sizes[0])]]
         ids = self._rows()
         row, found, last = self.here.numel() // max(len(ids), 1), [[] for _ in sizes], 0
         ends = torch.tensor(sizes).cumsum(0) // (self.param.numel() // self.param.shape[0] or 1)
         owners = torch.searchsorted(ends, torch.tensor(ids), right=True).tolist()
         for owner, run in groupby(enumerate(owners), key=lambda pair: pair[1]):
             first, *_ = run = [index for index, _ in run]
-            found[owner].append(Span(tensor, first * row, len(run) * row, len(run) * row))
+            found[owner].append(Span(number, first * row, len(run) * row, len(run) * row))
         for spans, size in zip(found, sizes, strict=True):
-            spans[:1] = [self._standing(spans, tensor, last, size)]
+            spans[:1] = [self._standing(spans, number, last, size)]
             last = spans[-1].start + spans[-1].count
         return found
 
     @staticmethod
-    def _standing(spans: list[Span], tensor: int, last: int, size: int) -> Span:
+    def _standing(spans: list[Span], number: int, last: int, size: int) -> Span:
         """The first span, which stands for what of its layer is elsewhere."""
-        first = spans[0] if spans else Span(tensor, last, 0, 0)
+        first = spans[0] if spans else Span(number, last, 0, 0)
         return first._replace(elements=size - sum(span.count for span in spans[1:]))
 
     def _rows(self) -> list[int]:
@@ -139,6 +143,9 @@ class Parts:
         self.of = {p: Part(p, name) for p, name in spread}
         self.owner = {part.here: p for p, part in self.of.items()}
         self._watched, self._known = [], []
+        self.meshes = {}  # mesh -> its dimensions along which some parameter is cut
+        for part in self.of.values():
+            self.meshes[part.mesh] = tuple(sorted({*self.meshes.get(part.mesh, ()), *part.dims}))
 
     def here(self, p: torch.Tensor) -> torch.Tensor:
         """The tensor that engines see."""
@@ -147,6 +154,24 @@ class Parts:
     def param(self, here: torch.Tensor) -> torch.Tensor:
         """The parameter behind what engines see."""
         return self.owner.get(here, here)
+
+    def share(self, p: torch.Tensor) -> tuple | None:
+        """What is alike in one launch: the mesh, and whether this rank's part counts there; None for a whole one."""
+        part = self.of.get(p)
+        return (part.mesh, part.speaks(self.meshes[part.mesh])) if part and part.dims else None
+
+    def spans(self, number: int, here: torch.Tensor, layer) -> list[list[Span]]:
+        """As `whole_spans`, of what lies here."""
+        part = self.of.get(self.owner.get(here))
+        return part.spans(number, layer) if part else whole_spans(number, here, layer)
+
+    def told(self, mesh) -> list[str]:
+        """A line for each parameter on a mesh, of all in which ranks have to agree."""
+        return [
+            f"{part.name} of shape {tuple(p.shape)}, {p.dtype}, {part.placements}, {part.layers}"
+            for p, part in self.of.items()
+            if part.mesh == mesh
+        ]
 
     def taken(self, entries: dict) -> dict:
         """States by what engines see; of a spread parameter those that lie here, in a dict of their own."""
@@ -173,6 +198,36 @@ class Parts:
         self._watched = [(state[p], name) for p in self.of for name in state[p]]
         self._known = [own[name] for own, name in self._watched]
 
+    def read(self) -> None:
+        """Shows engines the gradients, placed as their parameters are.
+
+        Raises:
+            TypeError: for a gradient that is a plain tensor.
+        """
+        waiting = []
+        for p, part in self.of.items():
+            g = p.grad
+            if g is not None and not is_spread(g):
+                raise TypeError(
+                    f"rank {rank()}: the gradient of parameter {part.name} is a plain tensor, the parameter a DTensor: "
+                    "give it a DTensor of the same mesh and placements"
+                )
+            if g is None or g.placements == part.placements:
+                part.here.grad = None if g is None else plain(g._local_tensor)
+            else:
+                waiting.append((part, g))
+        for (part, _), local in zip(waiting, settled(waiting), strict=True):
+            part.here.grad = local
+
+    def versions(self, written: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors whose versions are to be counted: the parameters themselves, too, for autograd keeps those."""
+        return written if not self.of else [*written, *(self.owner[here] for here in written if here in self.owner)]
+
+    def release(self) -> None:
+        """Lets go of the gradients."""
+        for part in self.of.values():
+            part.here.grad = None
+
     def changed(self) -> bool:
         """Whether a spread parameter's memory or states are not what they were."""
         if not self.of:
@@ -182,5 +237,34 @@ class Parts:
         return any(part.moved() for part in self.of.values())
 
 
+def plain(local: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, where a collective that makes it may still be under way."""
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def settled(waiting: list[tuple]) -> list[torch.Tensor]:
+    """What lies here of gradients when they are placed as their parameters are.
+
+    Sums that are still to be taken, over a dimension of the mesh along which the parameter is whole, are taken
+    together: one collective for all of them. Other changes of place are torch's own, tensor by tensor.
+    """
+    found, packed = [None] * len(waiting), defaultdict(list)
+    for number, (part, g) in enumerate(waiting):
+        changes = [k for k, (a, b) in enumerate(zip(g.placements, part.placements, strict=True)) if a != b]
+        sums = all(g.placements[k].is_partial("sum") and part.placements[k].is_replicate() for k in changes)
+        if g.device_mesh != part.mesh or not sums:
+            found[number] = plain(g.redistribute(part.mesh, part.placements)._local_tensor)
+        else:
+            packed[part.mesh, tuple(changes), g.dtype].append(number)
+    for (mesh, dims, _), numbers in packed.items():
+        pieces = [plain(waiting[number][1]._local_tensor) for number in numbers]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        for k in dims:
+            dist.all_reduce(flat, group=mesh.get_group(k))
+        for number, piece, total in zip(numbers, pieces, flat.split([x.numel() for x in pieces]), strict=True):
+            found[number] = total.view(piece.shape)
+    return found
+
+
 def rank() -> int:
-    return torch.distributed.get_rank()
+    return dist.get_rank()
