@@ -389,7 +389,7 @@ class Optimizer(torch.optim.Optimizer):
         """What a launch clips to: with a bound of infinity it looks at its norm for the step's sake alone."""
         return max_norm or (math.inf if scaling and not launch.scales else 0.0)
 
-    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None) -> int:
+    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None = None) -> int:
         """The phases left to run, with every launch's norm in place."""
         natively = scaling is None or all(launch.scales for launch in launches)
         if given is not None:
