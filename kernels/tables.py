@@ -160,7 +160,7 @@ def row_of(t, group, spec: tl.constexpr):
 @triton.jit
 def scale_of(t, layer, factor, spec: tl.constexpr):
     """What a gradient is multiplied with: its sign, and the clip's factor."""
-    return f32(tl.load(t.given.row + 2 + layer.group * (1 + spec.width)) * factor)
+    return f32(value_of(t, 2 + layer.group * (1 + spec.width), spec) * factor)
 
 
 @triton.jit

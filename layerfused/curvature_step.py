@@ -21,6 +21,7 @@ WHOLE_OPTIMIZERS = ("step_rule", "estimator", "product")
 # |p| over the model times this is how far away the second gradient is taken: what rounding of p leaves of the way
 REACH = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 WITHOUT = {
+    "amp_scaling": "the step size needs losses and gradients of one scale",
     "max_grad_norm": "its step sizes are bounded by max_step",
     "differentiable": "it differentiates the model itself",
 }
@@ -38,7 +39,7 @@ class Curvature(Optimizer):
     second: Rule
 
     def __init__(self, params, defaults: dict, options: dict, **common):
-        for name in ("max_grad_norm", "differentiable"):
+        for name in WITHOUT:
             if common.get(name):
                 raise ValueError(f"{type(self).__name__} has no {name}, got {common[name]!r}: {WITHOUT[name]}")
         self._begin()

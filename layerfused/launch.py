@@ -24,6 +24,7 @@ class Launch:
 
     on_chip = 0  # elements up to which a layer is read and written once, whatever its sweeps
     spread = False  # whether its layers lie on several ranks, so that their stats are exchanged before `finish`
+    scales = False  # whether it undoes GradScaler's scale, and heeds its verdict, on the device
     live = False  # whether hyper-parameters that are tensors on the device are read there
     leads, ahead = False, 0.0
 

@@ -1,5 +1,7 @@
 """The base of every optimizer here: a torch.optim.Optimizer whose step is one launch per device and variant."""
 
+import math
+import warnings
 from collections import defaultdict
 
 import torch
@@ -14,6 +16,7 @@ from .parts import Parts, is_spread
 from .plan import Phase
 from .reports import by_name, names_of
 from .rule import Rule
+from .scaling import Scaling, scaling_of
 from .table import Table, check_overlap
 from .traffic import traffic
 
@@ -41,6 +44,9 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: let autograd see the step (reference engine).
         max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
+        amp_scaling: let torch.amp.GradScaler's scale and its verdict on the gradients into the step, instead of a pass
+            over them before and a wait for the host after; a step with a gradient that is not finite changes nothing,
+            counts in `skipped_steps` and not in `step`.
         norm_group: the process group over which that norm is summed, where each rank holds parameters of its own
             (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
@@ -56,6 +62,7 @@ class Optimizer(torch.optim.Optimizer):
     rule: Rule
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
     spreads = True  # whether parameters may be DTensors
+    _warned = False
 
     def __init__(
         self,
@@ -67,6 +74,7 @@ class Optimizer(torch.optim.Optimizer):
         backend: str = "auto",
         max_grad_norm: float | None = None,
         norm_group=None,
+        amp_scaling: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -80,8 +88,10 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("norm_group needs max_grad_norm: there is no norm to sum")
         self._launches, self._tables, self._lead, self.norm_group = None, [], None, norm_group
         super().__init__(params, {**defaults, **common})
-        self.defaults["max_grad_norm"] = max_grad_norm
+        self.defaults |= {"max_grad_norm": max_grad_norm, "amp_scaling": amp_scaling}
         self._build(agree=True)
+
+    _step_supports_amp_scaling = property(lambda self: self.defaults["amp_scaling"])  # what GradScaler looks for
 
     # Groups and states
 
@@ -104,8 +114,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor does; the optimizer is then as it was.
         """
-        if isinstance(group, dict) and "max_grad_norm" in group:
-            raise ValueError("max_grad_norm is the whole optimizer's: pass it to the constructor, not to a group")
+        for key in ("max_grad_norm", "amp_scaling") if isinstance(group, dict) else ():
+            if key in group:
+                raise ValueError(f"{key} is the whole optimizer's: pass it to the constructor, not to a group")
         before, built = len(self.param_groups), self._launches is not None
         super().add_param_group(group)
         try:
@@ -117,7 +128,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict) -> None:
-        group.pop("max_grad_norm", None)
+        group.pop("max_grad_norm", None), group.pop("amp_scaling", None)
         check_group(group, self.positive_eps)
         rule = self.rule_of(group)
         if group["adapt"] is None:
@@ -277,31 +288,49 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         launches = self._read()
-        rows = [self._rows(launch) for launch in launches]
+        rows, scaling = [self._rows(launch) for launch in launches], scaling_of(self)
+        if scaling:
+            rows = [scaling.undone(own, launch) for launch, own in zip(launches, rows, strict=True)]
+            scaling.give(launches)
         max_norm = self.defaults["max_grad_norm"] or 0.0
         if max_norm:
             check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
-        phases = self._norm_phase(launches, rows, max_norm, grad_norm)
-        if len(launches) > 1:
-            for launch, own in zip(launches, rows, strict=True):
-                launch.prepare(phases, own, max_norm)
-        self._exchange(launches, rows, max_norm)
+        phases = self._norm_phase(launches, rows, max_norm, grad_norm, scaling)
+        work = [(one, own, self._bound(one, max_norm, scaling)) for one, own in zip(launches, rows, strict=True)]
+        if len(work) > 1:
+            for launch, *given in work:
+                launch.prepare(phases, *given)
+        self._exchange(work)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             skipped = self.skipped_steps  # all launches skip together, and the first counts it
-            for launch, own in zip(launches, rows, strict=True):
-                if launch.run(phases & ~Phase.REDUCE if launch.spread else phases, own, max_norm, skipped):
+            for launch, *given in work:
+                if launch.run(phases & ~Phase.REDUCE if launch.spread else phases, *given, skipped):
                     torch.autograd.graph.increment_version(self._parts.versions(launch.written()))
+                elif not scaling:
+                    self._warn_of_skip()
                 skipped = None
+        if scaling:
+            Scaling(None, None).give(launches)
         self._parts.release()
         return loss
 
-    def _exchange(self, launches: list, rows: list, max_norm: float) -> None:
+    def _warn_of_skip(self) -> None:
+        """Once, and where the host knows without waiting for a device."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the gradient norm is {float(self.grad_norm)}: this step changed nothing. Such steps are counted in "
+                "skipped_steps; this warning is not repeated",
+                stacklevel=4,
+            )
+
+    def _exchange(self, work: list[tuple]) -> None:
         """Takes the stats of layers that are spread over ranks, of what lies here and then of all."""
-        own = {id(launch): row for launch, row in zip(launches, rows, strict=True)}
+        given = {id(launch): rest for launch, *rest in work}
         for exchange in self._exchanges:
             if exchange.size:
                 for launch in exchange.launches:
-                    launch.run(Phase.REDUCE, own[id(launch)], max_norm)
+                    launch.run(Phase.REDUCE, *given[id(launch)])
                 exchange.run()
 
     def _read(self) -> list:
@@ -355,8 +384,14 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{key} on the device must be float32 or float64, got {value.dtype}")
         return value
 
-    def _norm_phase(self, launches: list, rows: list, max_norm: float, given) -> int:
+    @staticmethod
+    def _bound(launch, max_norm: float, scaling: Scaling | None) -> float:
+        """What a launch clips to: with a bound of infinity it looks at its norm for the step's sake alone."""
+        return max_norm or (math.inf if scaling and not launch.scales else 0.0)
+
+    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None) -> int:
         """The phases left to run, with every launch's norm in place."""
+        natively = scaling is None or all(launch.scales for launch in launches)
         if given is not None:
             if not max_norm:
                 raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
@@ -366,16 +401,27 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
             self.grad_norm.copy_(torch.as_tensor(given).reshape(()), non_blocking=True)
         elif not max_norm:
-            return Phase.STEP & ~Phase.NORM
-        elif len(self._launches) == len(launches) == 1 and not self._exchanges and self.norm_group is None:
+            if natively:
+                return Phase.STEP & ~Phase.NORM
+            self.grad_norm.zero_()
+        elif natively and self._is_one(launches):
             return Phase.STEP
         else:
             for launch, own in zip(launches, rows, strict=True):
                 launch.run(Phase.NORM, own, max_norm)
+                if scaling and scaling.scale is not None and not launch.scales:
+                    launch.norm.div_(scaling.on(launch.norm.device).scale)
             self.grad_norm.copy_(self._total_norm(launches))
         for launch in launches:
-            launch.norm.copy_(self.grad_norm)
+            if launch.norm is not self.grad_norm:
+                launch.norm.copy_(self.grad_norm)
+            if scaling:
+                scaling.settle(launch)
         return Phase.STEP & ~Phase.NORM
+
+    def _is_one(self, launches: list) -> bool:
+        """Whether one launch finds the whole norm by itself."""
+        return len(self._launches) == len(launches) == 1 and not self._exchanges and self.norm_group is None
 
     def _total_norm(self, launches: list) -> torch.Tensor:
         """The norm of all gradients, wherever they lie, from each launch's own."""

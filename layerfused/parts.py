@@ -1,23 +1,28 @@
 """Parameters that are spread over ranks (DTensor): what of them lies here, and what that stands for."""
 
 from collections import defaultdict
+from functools import cache
 from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._cpu import same
 from .plan import Span, cut_rows
 from .table import whole_spans
 
 
 def is_spread(tensor) -> bool:
     """Whether it is a DTensor; torch.distributed.tensor is not imported for anybody who has none."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return False
+    return is_traceable_wrapper_subclass(tensor) and isinstance(tensor, dtensor())
+
+
+@cache
+def dtensor() -> type:
     from torch.distributed.tensor import DTensor
 
-    return isinstance(tensor, DTensor)
+    return DTensor
 
 
 class Part:
@@ -57,11 +62,6 @@ class Part:
     def speaks(self, dims: tuple[int, ...]) -> bool:
         """Whether this rank's part counts among ranks along `dims`: of several that hold the same, the first."""
         return all(self.coordinate[k] == 0 for k in dims if k not in self.dims)
-
-    def moved(self) -> bool:
-        """Whether the parameter was given another local tensor, or that one other memory."""
-        local = self.param._local_tensor
-        return local is not self.local or local.data_ptr() != self.here.data_ptr() or local.shape != self.here.shape
 
     def spans(self, number: int, layer) -> list[list[Span]]:
         """Per layer, the spans that lie here; a layer of which nothing does still has one, so that ranks agree."""
@@ -124,10 +124,8 @@ class Part:
 
     def spread(self, here: torch.Tensor) -> torch.Tensor:
         """A DTensor of which `here` is this rank's part, placed as the parameter is."""
-        from torch.distributed.tensor import DTensor
-
         shape, stride = self.param.shape, self.param.stride()
-        return DTensor.from_local(here, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        return dtensor().from_local(here, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
 
 class Parts:
@@ -207,13 +205,15 @@ class Parts:
         waiting = []
         for p, part in self.of.items():
             g = p.grad
-            if g is not None and not is_spread(g):
+            if g is None:
+                part.here.grad = None
+            elif not isinstance(g, dtensor()):
                 raise TypeError(
                     f"rank {rank()}: the gradient of parameter {part.name} is a plain tensor, the parameter a DTensor: "
                     "give it a DTensor of the same mesh and placements"
                 )
-            if g is None or g.placements == part.placements:
-                part.here.grad = None if g is None else plain(g._local_tensor)
+            elif g._spec.placements == part.placements:
+                part.here.grad = plain(g._local_tensor)
             else:
                 waiting.append((part, g))
         for (part, _), local in zip(waiting, settled(waiting), strict=True):
@@ -232,14 +232,17 @@ class Parts:
         """Whether a spread parameter's memory or states are not what they were."""
         if not self.of:
             return False
-        if any(own.get(name) is not known for (own, name), known in zip(self._watched, self._known, strict=True)):
-            return True
-        return any(part.moved() for part in self.of.values())
+        locals_ = [p._local_tensor for p in self.of]
+        return (
+            not same([own.get(name) for own, name in self._watched], self._known)
+            or not same(locals_, [part.local for part in self.of.values()])
+            or list(map(torch.Tensor.data_ptr, locals_)) != list(map(torch.Tensor.data_ptr, self.owner))
+        )
 
 
 def plain(local: torch.Tensor) -> torch.Tensor:
     """The tensor itself, where a collective that makes it may still be under way."""
-    return local.wait() if hasattr(local, "wait") else local
+    return local if type(local) is torch.Tensor else local.wait()
 
 
 def settled(waiting: list[tuple]) -> list[torch.Tensor]:
