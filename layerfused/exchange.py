@@ -89,7 +89,8 @@ class Exchange:
         return [self._indices(launch, *found[id(launch)]) for launch in self.launches]
 
     def _indices(self, launch, own: list[int], block: list[int]) -> tuple:
-        return launch, torch.tensor(own, device=launch.table.step.device), torch.tensor(block, device=self.device)
+        indices = ((own, launch.table.step.device), (block, self.device))  # int64 where there are none, too
+        return launch, *(torch.tensor(numbers, dtype=torch.int64, device=device) for numbers, device in indices)
 
     def run(self) -> None:
         """Puts the stats over all ranks in the place of those over this rank's elements."""
