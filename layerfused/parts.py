@@ -158,6 +158,11 @@ class Parts:
         part = self.of.get(p)
         return (part.mesh, part.speaks(self.meshes[part.mesh])) if part and part.dims else None
 
+    def differ(self, params: list[torch.Tensor]) -> bool:
+        """Whether parameters are cut along other dimensions or meshes; every rank answers the same."""
+        parts = [self.of.get(p) for p in params]
+        return len({(part.mesh, part.dims) if part and part.dims else None for part in parts}) > 1
+
     def spans(self, number: int, here: torch.Tensor, layer) -> list[list[Span]]:
         """As `whole_spans`, of what lies here."""
         part = self.of.get(self.owner.get(here))
