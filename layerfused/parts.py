@@ -254,7 +254,7 @@ def settled(waiting: list[tuple]) -> list[torch.Tensor]:
     """What lies here of gradients when they are placed as their parameters are.
 
     Sums that are still to be taken, over a dimension of the mesh along which the parameter is whole, are taken
-    together: one collective for all of them. Other changes of place are torch's own, tensor by tensor.
+    together: one collective for each dimension and type. Other changes of place are torch's own, tensor by tensor.
     """
     found, packed = [None] * len(waiting), defaultdict(list)
     for number, (part, g) in enumerate(waiting):
@@ -262,15 +262,15 @@ def settled(waiting: list[tuple]) -> list[torch.Tensor]:
         sums = all(g.placements[k].is_partial("sum") and part.placements[k].is_replicate() for k in changes)
         if g.device_mesh != part.mesh or not sums:
             found[number] = plain(g.redistribute(part.mesh, part.placements)._local_tensor)
-        else:
-            packed[part.mesh, tuple(changes), g.dtype].append(number)
-    for (mesh, dims, _), numbers in packed.items():
-        pieces = [plain(waiting[number][1]._local_tensor) for number in numbers]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        for k in dims:
-            dist.all_reduce(flat, group=mesh.get_group(k))
-        for number, piece, total in zip(numbers, pieces, flat.split([x.numel() for x in pieces]), strict=True):
-            found[number] = total.view(piece.shape)
+            continue
+        found[number] = plain(g._local_tensor)
+        for k in changes:
+            packed[part.mesh, k, g.dtype].append(number)
+    for (mesh, k, _), numbers in packed.items():
+        flat = torch.cat([found[number].reshape(-1) for number in numbers])
+        dist.all_reduce(flat, group=mesh.get_group(k))
+        for number, total in zip(numbers, flat.split([found[number].numel() for number in numbers]), strict=True):
+            found[number] = total.view(found[number].shape)
     return found
 
 
