@@ -34,7 +34,8 @@ def gathered(values: torch.Tensor, group) -> torch.Tensor:
     """Everybody's values, a row for each rank in the order of the group."""
     ranks = dist.get_world_size(group)
     rows = values.new_empty(ranks * values.numel())
-    dist.all_gather_into_tensor(rows, values, group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    gather(rows, values, group=group)
     return rows.view(ranks, -1)
 
 
