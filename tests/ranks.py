@@ -80,15 +80,17 @@ class Ranks:
     def results(self, timeout: float) -> list:
         ended = self.join(timeout)
         try:
-            assert all(ended), "\n".join(self._story(rank) for rank in range(len(ended)) if not ended[rank])
+            assert all(ended), self._stories([rank for rank in range(len(ended)) if not ended[rank]])
             return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(ended))]
         finally:
             self._folder.cleanup()
 
-    def _story(self, rank: int) -> str:
-        process, told = self.processes[rank], (self.folder / f"{rank}.txt").read_text()
-        hung = process.exitcode == -signal.SIGKILL
-        return f"rank {rank} {'hung' if hung else f'ended with {process.exitcode}'}:\n{told}"
+    def _stories(self, ranks: list[int]) -> str:
+        """What became of ranks, the first to fail first: others only lost their connection to it."""
+        files = sorted((self.folder / f"{rank}.txt" for rank in ranks), key=lambda file: file.stat().st_mtime)
+        codes = [self.processes[int(file.stem)].exitcode for file in files]
+        how = ["hung" if code == -signal.SIGKILL else f"ended with {code}" for code in codes]
+        return "\n".join(f"rank {f.stem} {end}:\n{f.read_text()[-3000:]}" for f, end in zip(files, how, strict=True))
 
 
 def run(function, world: int, *args, timeout: float = 60) -> list:
