@@ -34,7 +34,8 @@ def gathered(values: torch.Tensor, group) -> torch.Tensor:
     """Everybody's values, a row for each rank in the order of the group."""
     ranks = dist.get_world_size(group)
     rows = values.new_empty(ranks * values.numel())
-    dist.all_gather_into_tensor(rows, values, group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    gather(rows, values, group=group)
     return rows.view(ranks, -1)
 
 
@@ -89,7 +90,8 @@ class Exchange:
         return [self._indices(launch, *found[id(launch)]) for launch in self.launches]
 
     def _indices(self, launch, own: list[int], block: list[int]) -> tuple:
-        return launch, torch.tensor(own, device=launch.table.step.device), torch.tensor(block, device=self.device)
+        indices = ((own, launch.table.step.device), (block, self.device))  # int64 where there are none, too
+        return launch, *(torch.tensor(numbers, dtype=torch.int64, device=device) for numbers, device in indices)
 
     def run(self) -> None:
         """Puts the stats over all ranks in the place of those over this rank's elements."""

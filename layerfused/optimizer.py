@@ -212,7 +212,8 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 variant = launch_of(engine).variant(p, taken[p], rule)
                 members[engine, p.device, rule, variant, share].setdefault(number, []).append(p)
-            if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
+            apart = sum(number in lists for lists in members.values()) > 1 or self._parts.differ(group["params"])
+            if group["layer"] == "group" and rule.layerwise and apart:
                 raise ValueError(
                     "layer='group' needs states of one type on this engine: load them alike, or cast them; and tensors "
                     "that are spread over ranks alike: give others a group of their own"

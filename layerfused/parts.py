@@ -158,6 +158,11 @@ class Parts:
         part = self.of.get(p)
         return (part.mesh, part.speaks(self.meshes[part.mesh])) if part and part.dims else None
 
+    def differ(self, params: list[torch.Tensor]) -> bool:
+        """Whether parameters are cut along other dimensions or meshes; every rank answers the same."""
+        parts = [self.of.get(p) for p in params]
+        return len({(part.mesh, part.dims) if part and part.dims else None for part in parts}) > 1
+
     def spans(self, number: int, here: torch.Tensor, layer) -> list[list[Span]]:
         """As `whole_spans`, of what lies here."""
         part = self.of.get(self.owner.get(here))
@@ -249,7 +254,7 @@ def settled(waiting: list[tuple]) -> list[torch.Tensor]:
     """What lies here of gradients when they are placed as their parameters are.
 
     Sums that are still to be taken, over a dimension of the mesh along which the parameter is whole, are taken
-    together: one collective for all of them. Other changes of place are torch's own, tensor by tensor.
+    together: one collective for each dimension and type. Other changes of place are torch's own, tensor by tensor.
     """
     found, packed = [None] * len(waiting), defaultdict(list)
     for number, (part, g) in enumerate(waiting):
@@ -257,15 +262,15 @@ def settled(waiting: list[tuple]) -> list[torch.Tensor]:
         sums = all(g.placements[k].is_partial("sum") and part.placements[k].is_replicate() for k in changes)
         if g.device_mesh != part.mesh or not sums:
             found[number] = plain(g.redistribute(part.mesh, part.placements)._local_tensor)
-        else:
-            packed[part.mesh, tuple(changes), g.dtype].append(number)
-    for (mesh, dims, _), numbers in packed.items():
-        pieces = [plain(waiting[number][1]._local_tensor) for number in numbers]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        for k in dims:
-            dist.all_reduce(flat, group=mesh.get_group(k))
-        for number, piece, total in zip(numbers, pieces, flat.split([x.numel() for x in pieces]), strict=True):
-            found[number] = total.view(piece.shape)
+            continue
+        found[number] = plain(g._local_tensor)
+        for k in changes:
+            packed[part.mesh, k, g.dtype].append(number)
+    for (mesh, k, _), numbers in packed.items():
+        flat = torch.cat([found[number].reshape(-1) for number in numbers])
+        dist.all_reduce(flat, group=mesh.get_group(k))
+        for number, total in zip(numbers, flat.split([found[number].numel() for number in numbers]), strict=True):
+            found[number] = total.view(found[number].shape)
     return found
 
 
