@@ -15,6 +15,7 @@ from .checks import RANGES, check_group, check_range
 from .exchange import Exchange, agree, group_device, summed
 from .parts import Parts, is_spread
 from .plan import Phase
+from .precision import check_parameter, rest_of, words_of
 from .reports import by_name, names_of
 from .rows import Rows
 from .rule import Rule
@@ -22,7 +23,8 @@ from .scaling import Scaling, scaling_of
 from .table import Table, check_overlap
 from .traffic import traffic
 
-STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused")  # what the tables depend on
+# What the tables depend on.
+STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused", "precision", "seed")
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -56,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    takes_precision = True
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
     spreads = True  # whether parameters may be DTensors
     _warned = False
@@ -74,9 +77,11 @@ class Optimizer(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        precision: str | tuple[str, ...] | None = None,
+        seed: int = 0,
     ):
         common = dict(maximize=maximize, differentiable=differentiable, backend=backend, adapt=True, layer="tensor")
-        common |= dict(foreach=foreach, fused=fused, capturable=capturable)
+        common |= dict(foreach=foreach, fused=fused, capturable=capturable, precision=precision, seed=seed)
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
@@ -159,7 +164,7 @@ class Optimizer(torch.optim.Optimizer):
         tables = []
         for (engine, _, rule, _, share), lists in self._members(taken).items():
             groups = [self.param_groups[number] for number in lists]
-            table = Table(rule, groups, list(lists.values()), parts.spans)
+            table = Table(rule, groups, list(lists.values()), parts)
             table.adopt(taken)
             table.recall({parts.here(p): report for p, report in reports.items() if p in entries})
             tables.append((engine, share, table))
@@ -189,7 +194,7 @@ class Optimizer(torch.optim.Optimizer):
             rule = self.rule_of(group)
             for p in group["params"]:
                 if p in parts.of:
-                    parts.of[p].states = rule.states
+                    parts.of[p].states = (*rule.states, rest_of(words_of(group["precision"]), p.dtype))
                     parts.of[p].layers = f"rule {rule.name}, layer={group['layer']!r}, adapt={group['adapt']}"
         for mesh in parts.meshes if compare else ():
             agree(mesh, parts.told(mesh))
@@ -202,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
             rule = self.rule_of(group)
             if rule.needs_adapt and not group["adapt"]:
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
-            params = [self._parts.here(p) for p in group["params"]]
+            words, params = self._words(group), [self._parts.here(p) for p in group["params"]]
             for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
                 share = self._parts.share(self._parts.param(p))
                 if share and engine == "reference" and rule.layerwise:
@@ -210,7 +215,7 @@ class Optimizer(torch.optim.Optimizer):
                         f"a parameter of {p.dtype} that is spread over ranks, here {tuple(p.shape)}, cannot be served "
                         "by the reference engine: use float32, bfloat16 or float16 and backend='auto'"
                     )
-                variant = launch_of(engine).variant(p, taken[p], rule)
+                variant = launch_of(engine).variant(p, taken[p], rule, words)
                 members[engine, p.device, rule, variant, share].setdefault(number, []).append(p)
             apart = sum(number in lists for lists in members.values()) > 1 or self._parts.differ(group["params"])
             if group["layer"] == "group" and rule.layerwise and apart:
@@ -222,15 +227,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def _make_exchanges(self, shares: list) -> list[Exchange]:
         """What is to be exchanged over each mesh."""
-        order = {self._parts.here(p): number for number, p in enumerate(self._params)}
         found = []
         for mesh, dims in self._parts.meshes.items():
+            pairs = zip(self._launches, shares, strict=True)
+            own = [(launch, share[1]) for launch, share in pairs if share and share[0] == mesh]
+            for launch, _ in own:
+                launch.spread = True
             if dims:
-                pairs = zip(self._launches, shares, strict=True)
-                found.append(Exchange(mesh, dims, [(one, s[1]) for one, s in pairs if s and s[0] == mesh], order))
-                for launch in found[-1].launches:
-                    launch.spread = True
+                found.append(Exchange(mesh, dims, own, self._parts.numbers))
         return found
+
+    def _words(self, group: dict) -> tuple[str, ...]:
+        """The words of a group's `precision`, fit for its parameters."""
+        words = words_of(group["precision"])
+        if words and (self._lead or not self.takes_precision or group["differentiable"]):
+            what = "XGrad" if self._lead else type(self).__name__
+            what = "differentiable=True" if group["differentiable"] else what
+            raise ValueError(f"{what} needs precision=None, got {group['precision']!r}")
+        for p in group["params"]:
+            check_parameter(words, p)
+        return words
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
@@ -306,6 +322,7 @@ class Optimizer(torch.optim.Optimizer):
                     torch.autograd.graph.increment_version(self._parts.versions(launch.written()))
                 elif not scaling:
                     self._warn_of_skip()
+                launch.table.note_versions()
                 skipped = None
         if scaling:
             Scaling(None, None).give(launches)
@@ -347,6 +364,8 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._launches = None  # what was wrong must be looked at again
             raise
+        for launch in launches:
+            launch.table.check_rests()
         return [launch for launch in launches if launch.spread or launch.absent < len(launch.table.params)]
 
     def _predict(self) -> None:
