@@ -106,6 +106,8 @@ class Ours(Base):
         optimizer = self.optimizer
         if getattr(optimizer, "needs_closure", False):
             raise TypeError(f"XGrad cannot wrap {type(optimizer).__name__}, whose step() evaluates the model itself")
+        if optimizer._released:
+            raise ValueError("XGrad cannot wrap an optimizer that releases its gradients: remove() the release first")
         for group in optimizer.param_groups:
             if group["differentiable"]:
                 raise ValueError("XGrad cannot wrap differentiable=True: the restored weights would cut the graph")

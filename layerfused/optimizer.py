@@ -10,6 +10,7 @@ from ._cpu import same
 from .backends import engines_of, launch_of
 from .checks import ANY, RANGES, check_group, check_range, trust_bounds
 from .plan import Phase
+from .release import Release, check
 from .reports import by_name
 from .rule import Rule
 from .table import Table, check_overlap
@@ -51,6 +52,7 @@ class Optimizer(torch.optim.Optimizer):
 
     rule: Rule
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
+    _released: Release | None = None  # while gradients are released every parameter has a launch of its own
 
     def __init__(
         self,
@@ -134,6 +136,8 @@ class Optimizer(torch.optim.Optimizer):
         Everything is checked before `state` is touched.
         """
         self._launches, self._valid = None, {}
+        if self._released:
+            check(self)
         self._params = [p for group in self.param_groups for p in group["params"]]
         check_overlap(self._params)
         members = defaultdict(dict)  # of each launch: group number -> parameters
@@ -143,12 +147,13 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
             for p, engine in zip(group["params"], engines_of(group, rule), strict=True):
                 variant = launch_of(engine).variant(p, self.state.get(p, {}), rule)
-                members[engine, p.device, rule, variant].setdefault(number, []).append(p)
+                alone = id(p) if self._released else None
+                members[engine, p.device, rule, variant, alone].setdefault(number, []).append(p)
             if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
                 raise ValueError("layer='group' needs states of one type on this engine: load them alike, or cast them")
         tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
         reports = self._reports()
-        for (engine, _, rule, _), lists in members.items():
+        for (engine, _, rule, *_), lists in members.items():
             tables.append((engine, Table(rule, [self.param_groups[number] for number in lists], list(lists.values()))))
             tables[-1][1].adopt(entries)
             tables[-1][1].recall(reports)
@@ -166,6 +171,8 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        if self._released:
+            self._released.follow()
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
@@ -306,6 +313,36 @@ class Optimizer(torch.optim.Optimizer):
         for launch in launches:
             launch.norm.copy_(self.grad_norm)
         return Phase.STEP & ~Phase.NORM
+
+    def release_gradients(self) -> Release:
+        """Steps each parameter inside of `backward()`, as soon as its gradient is there, and lets that go.
+
+        What is gained is memory: gradients of one or two parameters exist at a time. The numbers are those of ordinary
+        training, bit for bit. `step()` is still to be called after `backward()`, for schedulers and hooks; it steps
+        what was given a gradient by hand, and nothing else. An error in `backward()` leaves the parameters before it
+        stepped. A copy of the optimizer, and an unpickled one, keeps its gradients.
+
+        Every backward pass is a step: gradients cannot be accumulated over several (a parameter that segments of
+        reentrant checkpointing share gets a step from each), clipped or scaled (GradScaler). DistributedDataParallel
+        reduces gradients after these steps; `step()` raises when it finds out.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+
+        Raises:
+            ValueError: where a step needs more than one parameter's gradient (max_grad_norm, layer="group" over several
+                tensors), the gradients afterwards (differentiable=True, XGrad) or the model (curvature), for sharded
+                parameters, and if gradients are released already.
+        """
+        if self._released:
+            raise ValueError("gradients are released already: remove() that handle first")
+        self._released = Release(self)
+        try:
+            self._build()
+        except BaseException:
+            self._released.remove()
+            raise
+        return self._released
 
     # What it tells
 
