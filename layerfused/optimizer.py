@@ -336,12 +336,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self._released:
             raise ValueError("gradients are released already: remove() that handle first")
+        self._current()  # what is wrong without releasing is told before anything changes
         self._released = Release(self)
-        try:
-            self._build()
-        except BaseException:
-            self._released.remove()
-            raise
+        self._build()
         return self._released
 
     # What it tells

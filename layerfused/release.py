@@ -38,8 +38,6 @@ class Release:
     def follow(self) -> None:
         """Takes the launches that the optimizer has built."""
         self._launches = {launch.table.params[0]: launch for launch in self._optimizer()._launches}
-        for p in self._hooks.keys() - self._launches.keys():
-            self._hooks.pop(p).remove()
         self._hang()
 
     def _hang(self) -> None:
@@ -51,7 +49,7 @@ class Release:
     @torch.no_grad()
     def _hook(self, p: torch.Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is not None and p.grad is not None:
+        if optimizer is not None:
             with self._lock:
                 self._step(optimizer, p)
 

@@ -249,7 +249,20 @@ def test_gradients_given_by_hand_wait_for_step():
         one.zero_grad()
         backward(its, 1)
         one.step()
+        one.zero_grad()
+        give(its, 2)
+        one.step()
     assert_equal(opt, params, twin, twins)
+
+
+@each_engine
+def test_a_gradient_that_another_hook_took(backend):
+    params = parameters((3,), (4,))
+    params[0].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    opt = lamb(params, backend=backend)
+    opt.release_gradients()
+    train(opt, params)
+    assert [int(opt.state[p]["step"]) for p in params] == [0, STEPS]
 
 
 def test_two_backward_passes_are_two_steps():
@@ -283,15 +296,17 @@ def test_a_group_that_cannot_be_released_is_not_added():
     assert_equal(opt, params[:2], twin, twins[:2])
 
 
-def test_parameters_taken_out_by_hand():
+@pytest.mark.parametrize("index", [0, 3])
+def test_parameters_taken_out_by_hand(index):
+    """The last one's hook comes first."""
     opt, params, twin, twins, _ = pair(lamb)
     for one, its in ((opt, params), (twin, twins)):
         train(one, its, [0])
-        del one.param_groups[0]["params"][0]
+        del one.param_groups[0]["params"][index]
         train(one, its, [1])
     assert_equal(opt, params, twin, twins)
     backward(twins, 2)
-    assert [p.grad is None for p in twins] == [False, True, True, True]
+    assert [p.grad is None for p in twins] == [i != index for i in range(4)]
 
 
 def test_saving_and_loading():
@@ -322,18 +337,12 @@ def test_memory_that_moves(move):
 
 @each_engine
 def test_a_state_that_is_replaced_in_the_midst_of_a_pass(backend):
-    """By hooks on both gradients, so that it comes after the other parameter's step, whichever is first."""
+    """Before each parameter's step, and so after the other's."""
     opt, params, twin, twins, _ = pair(lambda params: lamb(params, backend=backend), (3, 2), (5,))
     for one, its in ((opt, params), (twin, twins)):
         train(one, its, [0])
-        states = one.state[its[1]]
-        if one is twin:
-
-            def change(_, states=states):
-                states["exp_avg"] = states["exp_avg"].clone()
-
-            for p in its:
-                p.register_hook(change)
+        for p in twins if one is twin else ():
+            p.register_hook(lambda _, s=twin.state[p]: s.update(exp_avg=s["exp_avg"].clone()))
         train(one, its, [1])
     assert_equal(opt, params, twin, twins)
 
@@ -367,7 +376,7 @@ def test_removing(backend):
     assert all(twin.state[p]["exp_avg"] is x for p, x in zip(twins, elementwise, strict=True))
     backward(twins, 0)
     assert all(p.grad is not None for p in twins)
-    twin.step()
+    twin.step(lambda: None)  # a closure is nothing to refuse any more
     train(opt, params, [0])
     assert_equal(opt, params, twin, twins)
     again = twin.release_gradients()
@@ -425,6 +434,18 @@ def test_refused(what):
     assert all(p.grad is not None for p in params)
 
 
+def test_groups_that_are_wrong_anyway():
+    params = parameters((4, 3))
+    opt = lamb(params)
+    opt.param_groups[0]["layer"] = 3
+    with refused(ValueError, "layer=3"):
+        opt.release_gradients()
+    opt.param_groups[0]["layer"] = 2
+    backward(params, 0)
+    opt.step()
+    assert params[0].grad is not None and opt._released is None
+
+
 def test_sharded_parameters_are_refused(monkeypatch):
     monkeypatch.setattr(release, "is_traceable_wrapper_subclass", lambda p: True)
     with refused(ValueError, "Parameter parameters", "ranks"):
@@ -452,6 +473,7 @@ def test_clipping_that_is_switched_on():
     params = parameters()
     opt = lamb(params)
     opt.release_gradients()
+    backward(params, 0)
     before = snapshot(opt, params)
     opt.defaults["max_grad_norm"] = 1.0
     with refused(ValueError, "max_grad_norm=1.0"):
