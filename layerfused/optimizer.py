@@ -16,6 +16,7 @@ from .exchange import Exchange, agree, group_device, summed
 from .parts import Parts, is_spread
 from .plan import Phase
 from .precision import check_parameter, rest_of, words_of
+from .release import Release, check
 from .reports import by_name, names_of
 from .rows import Rows
 from .rule import Rule
@@ -62,6 +63,7 @@ class Optimizer(torch.optim.Optimizer):
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
     spreads = True  # whether parameters may be DTensors
     _warned = False
+    _released: Release | None = None  # while gradients are released every parameter has a launch of its own
 
     def __init__(
         self,
@@ -155,6 +157,8 @@ class Optimizer(torch.optim.Optimizer):
             agree: compare with the other ranks what they hold; only where all of them come at once.
         """
         self._launches, self._rows_of, self._groups = None, {}, list(self.param_groups)
+        if self._released:
+            check(self)
         reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._parts = parts = self._find_parts(agree)
@@ -162,7 +166,7 @@ class Optimizer(torch.optim.Optimizer):
         entries = {p: dict(self.state.get(p, {})) for p in self._params}
         taken = parts.taken(entries)
         tables = []
-        for (engine, _, rule, _, share), lists in self._members(taken).items():
+        for (engine, _, rule, _, share, _), lists in self._members(taken).items():
             groups = [self.param_groups[number] for number in lists]
             table = Table(rule, groups, list(lists.values()), parts)
             table.adopt(taken)
@@ -186,6 +190,8 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        if self._released:
+            self._released.follow()
 
     def _find_parts(self, compare: bool) -> Parts:
         """What lies here of parameters that are spread over ranks."""
@@ -201,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
         return parts
 
     def _members(self, taken: dict) -> dict:
-        """Of each launch, which parameters of which group: (engine, device, rule, variant, share) -> number -> list."""
+        """Of each launch, told apart by what has to be alike in it, a group's number -> its parameters there."""
         members = defaultdict(dict)
         for number, group in enumerate(self.param_groups):
             rule = self.rule_of(group)
@@ -216,7 +222,8 @@ class Optimizer(torch.optim.Optimizer):
                         "by the reference engine: use float32, bfloat16 or float16 and backend='auto'"
                     )
                 variant = launch_of(engine).variant(p, taken[p], rule, words)
-                members[engine, p.device, rule, variant, share].setdefault(number, []).append(p)
+                alone = id(p) if self._released else None
+                members[engine, p.device, rule, variant, share, alone].setdefault(number, []).append(p)
             apart = sum(number in lists for lists in members.values()) > 1 or self._parts.differ(group["params"])
             if group["layer"] == "group" and rule.layerwise and apart:
                 raise ValueError(
@@ -430,6 +437,33 @@ class Optimizer(torch.optim.Optimizer):
         if self.norm_group is not None:
             total = summed(total.reshape(1).to(group_device(self.norm_group)), self.norm_group)[0].to(device)
         return total.sqrt()
+
+    def release_gradients(self) -> Release:
+        """Steps each parameter inside of `backward()`, as soon as its gradient is there, and lets that go.
+
+        What is gained is memory: gradients of one or two parameters exist at a time. The numbers are those of ordinary
+        training, bit for bit. `step()` is still to be called after `backward()`, for schedulers and hooks; it steps
+        what was given a gradient by hand, and nothing else. An error in `backward()` leaves the parameters before it
+        stepped. A copy of the optimizer, and an unpickled one, keeps its gradients.
+
+        Every backward pass is a step: gradients cannot be accumulated over several (a parameter that segments of
+        reentrant checkpointing share gets a step from each), clipped or scaled (GradScaler). DistributedDataParallel
+        reduces gradients after these steps; `step()` raises when it finds out.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+
+        Raises:
+            ValueError: where a step needs more than one parameter's gradient (max_grad_norm, layer="group" over several
+                tensors), the gradients afterwards (differentiable=True, XGrad) or the model (curvature), for sharded
+                parameters, and if gradients are released already.
+        """
+        if self._released:
+            raise ValueError("gradients are released already: remove() that handle first")
+        self._current()  # what is wrong without releasing is told before anything changes
+        self._released = Release(self)
+        self._build()
+        return self._released
 
     # What it tells
 
