@@ -85,6 +85,11 @@ def tiny():
     return [(f"vectors.{i}", (16,)) for i in range(300)]
 
 
+def many_groups():
+    """No model: 465 tensors of 16 elements, for `groups+X`, as layer-wise learning rates make them."""
+    return [(f"vectors.{i}", (16,)) for i in range(465)]
+
+
 def llama_8b_slice():
     """4 of the 32 decoder layers of Llama-3-8B, no embedding, final norm or head: 36 tensors, 872,448,000 elements."""
     h, kv, inner = 4096, 1024, 14336
@@ -105,6 +110,7 @@ MODELS = {
     "gpt2": gpt2,
     "many-small": many_small,
     "tiny": tiny,
+    "many-groups": many_groups,
     "llama-8b-slice": llama_8b_slice,
 }
 

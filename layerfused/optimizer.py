@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
+from operator import itemgetter
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -10,22 +11,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import state_dicts
 from ._cpu import same
 from .backends import engines_of, launch_of
-from .checks import ANY, RANGES, check_group, check_range, trust_bounds
+from .checks import RANGES, check_group, check_range
 from .exchange import Exchange, agree, group_device, summed
 from .parts import Parts, is_spread
 from .plan import Phase
 from .reports import by_name, names_of
+from .rows import Rows
 from .rule import Rule
 from .scaling import Scaling, scaling_of
 from .table import Table, check_overlap
 from .traffic import traffic
 
-HALVES = {  # what a rule's row takes out of a pair
-    "beta1": lambda group: group["betas"][0],
-    "beta2": lambda group: group["betas"][1],
-    "lower": lambda group: trust_bounds(group["trust_clip"])[0],
-    "upper": lambda group: trust_bounds(group["trust_clip"])[1],
-}
 STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused")  # what the tables depend on
 
 
@@ -153,7 +149,7 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             agree: compare with the other ranks what they hold; only where all of them come at once.
         """
-        self._launches, self._valid = None, {}
+        self._launches, self._rows_of, self._groups = None, {}, list(self.param_groups)
         reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._parts = parts = self._find_parts(agree)
@@ -254,12 +250,13 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     def _look(self) -> list:
-        return [(*(group[key] for key in STRUCTURE), self.rule_of(group)) for group in self.param_groups]
+        return [*map(itemgetter(*STRUCTURE), self.param_groups), *map(self.rule_of, self.param_groups)]
 
     def _current(self) -> list:
         """The launches, built anew if groups, parameters or states were exchanged."""
         if (
             self._launches is None
+            or not same(self.param_groups, self._groups)
             or not same([p for group in self.param_groups for p in group["params"]], self._params)
             or not same(list(self.state.values()), self._entries)
             or self._look() != self._structure
@@ -361,36 +358,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _rows(self, launch) -> list[tuple]:
         """A row per group of the launch's table: the gradient's sign, then what the rule's row holds."""
-        rows, table = [], launch.table
-        device = table.step.device if launch.live else None
-        for group in table.groups:
-            values = [self._value(group, key, device) for key in table.rule.hyper]
-            seen = [id(value) if isinstance(value, torch.Tensor) else value for value in values]
-            if seen != self._valid.get(id(group)):
-                check_group(group, self.positive_eps)
-                self._valid[id(group)] = seen
-            rows.append((-1.0 if group["maximize"] else 1.0, *values))
-        return rows
-
-    def _value(self, group: dict, key: str, device: torch.device | None):
-        """One number of a group's row; a tensor stays one where autograd, or the kernel on `device`, is to see it."""
-        if key in HALVES:
-            value = HALVES[key](group)
-        else:
-            value = group[key] if key in group else getattr(self, key)
-        if isinstance(value, torch.Tensor) and not group["differentiable"] and value.device != device:
-            check_range(key, value, *RANGES.get(key, ANY))
-            return float(value)
-        if isinstance(value, torch.Tensor) and device and value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{key} on the device must be float32 or float64, got {value.dtype}")
-        return value
+        if launch not in self._rows_of:
+            table = launch.table
+            self._rows_of[launch] = Rows(table, table.step.device if launch.live else None)
+        return self._rows_of[launch].read(self)
 
     @staticmethod
     def _bound(launch, max_norm: float, scaling: Scaling | None) -> float:
         """What a launch clips to: with a bound of infinity it looks at its norm for the step's sake alone."""
         return max_norm or (math.inf if scaling and not launch.scales else 0.0)
 
-    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None) -> int:
+    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None = None) -> int:
         """The phases left to run, with every launch's norm in place."""
         natively = scaling is None or all(launch.scales for launch in launches)
         if given is not None:
