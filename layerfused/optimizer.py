@@ -110,9 +110,12 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor does; the optimizer is then as it was.
         """
-        for key in ("max_grad_norm", "amp_scaling") if isinstance(group, dict) else ():
-            if key in group:
-                raise ValueError(f"{key} is the whole optimizer's: pass it to the constructor, not to a group")
+        for key in ("max_grad_norm", "norm_group", "amp_scaling") if isinstance(group, dict) else ():
+            if key in group:  # ZeroRedundancyOptimizer puts all that it is given into groups, and those into its state
+                raise ValueError(
+                    f"{key} is the whole optimizer's: pass it to the constructor, not to a group (of "
+                    f"ZeroRedundancyOptimizer: functools.partial({type(self).__name__}, {key}=...))"
+                )
         before, built = len(self.param_groups), self._launches is not None
         super().add_param_group(group)
         try:
