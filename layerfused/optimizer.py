@@ -207,11 +207,12 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
             params = [self._parts.here(p) for p in group["params"]]
             for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
-                share = self._parts.share(self._parts.param(p))
+                param = self._parts.param(p)
+                share = self._parts.share(param)
                 if share and engine == "reference" and rule.layerwise:
                     raise ValueError(
-                        f"a parameter of {p.dtype} that is spread over ranks, here {tuple(p.shape)}, cannot be served "
-                        "by the reference engine: use float32, bfloat16 or float16 and backend='auto'"
+                        f"parameter {self._parts.of[param].name} of {p.dtype} is spread over ranks, and the reference "
+                        "engine takes whole layers only: use float32, bfloat16 or float16 and backend='auto'"
                     )
                 variant = launch_of(engine).variant(p, taken[p], rule)
                 members[engine, p.device, rule, variant, share].setdefault(number, []).append(p)
