@@ -117,9 +117,12 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor does; the optimizer is then as it was.
         """
-        for key in ("max_grad_norm", "amp_scaling") if isinstance(group, dict) else ():
-            if key in group:
-                raise ValueError(f"{key} is the whole optimizer's: pass it to the constructor, not to a group")
+        for key in ("max_grad_norm", "norm_group", "amp_scaling") if isinstance(group, dict) else ():
+            if key in group:  # ZeroRedundancyOptimizer puts all that it is given into groups, and those into its state
+                raise ValueError(
+                    f"{key} is the whole optimizer's: pass it to the constructor, not to a group (of "
+                    f"ZeroRedundancyOptimizer: functools.partial({type(self).__name__}, {key}=...))"
+                )
         before, built = len(self.param_groups), self._launches is not None
         super().add_param_group(group)
         try:
@@ -215,11 +218,12 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
             words, params = self._words(group), [self._parts.here(p) for p in group["params"]]
             for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
-                share = self._parts.share(self._parts.param(p))
+                param = self._parts.param(p)
+                share = self._parts.share(param)
                 if share and engine == "reference" and rule.layerwise:
                     raise ValueError(
-                        f"a parameter of {p.dtype} that is spread over ranks, here {tuple(p.shape)}, cannot be served "
-                        "by the reference engine: use float32, bfloat16 or float16 and backend='auto'"
+                        f"parameter {self._parts.of[param].name} of {p.dtype} is spread over ranks, and the reference "
+                        "engine takes whole layers only: use float32, bfloat16 or float16 and backend='auto'"
                     )
                 variant = launch_of(engine).variant(p, taken[p], rule, words)
                 alone = id(p) if self._released else None

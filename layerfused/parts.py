@@ -216,7 +216,7 @@ class Parts:
         """Shows engines the gradients, placed as their parameters are.
 
         Raises:
-            TypeError: for a gradient that is a plain tensor.
+            TypeError, ValueError: for a gradient that is a plain tensor, or lies on another mesh.
         """
         waiting = []
         for p, part in self.of.items():
@@ -227,6 +227,11 @@ class Parts:
                 raise TypeError(
                     f"rank {rank()}: the gradient of parameter {part.name} is a plain tensor, the parameter a DTensor: "
                     "give it a DTensor of the same mesh and placements"
+                )
+            elif g._spec.mesh is not part.mesh and g._spec.mesh != part.mesh:
+                raise ValueError(
+                    f"rank {rank()}: the gradient of parameter {part.name} lies on {g._spec.mesh}, the parameter on "
+                    f"{part.mesh}: give it a DTensor of the same mesh"
                 )
             elif g._spec.placements == part.placements:
                 part.here.grad = plain(g._local_tensor)
@@ -271,7 +276,7 @@ def settled(waiting: list[tuple]) -> list[torch.Tensor]:
     for number, (part, g) in enumerate(waiting):
         changes = [k for k, (a, b) in enumerate(zip(g.placements, part.placements, strict=True)) if a != b]
         sums = all(g.placements[k].is_partial("sum") and part.placements[k].is_replicate() for k in changes)
-        if g.device_mesh != part.mesh or not sums:
+        if not sums:
             found[number] = plain(g.redistribute(part.mesh, part.placements)._local_tensor)
             continue
         found[number] = plain(g._local_tensor)

@@ -99,11 +99,11 @@ def told(opt, params):
     """What a test compares."""
     return {
         "params": [whole(p) for p in params],
-        "states": [{name: whole(x) for name, x in opt.state[p].items()} for p in params],
+        "states": [{name: whole(x) for name, x in opt.state.get(p, {}).items()} for p in params],
         "stats": opt.layer_stats(),
         "grad_norm": float(opt.grad_norm),
         "skipped": int(opt.skipped_steps),
-        "laid": all(laid_like(p, opt.state[p]) for p in params),
+        "laid": all(laid_like(p, opt.state.get(p, {})) for p in params),
     }
 
 
