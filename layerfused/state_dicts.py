@@ -62,7 +62,7 @@ def check_precision(mine: dict, theirs: dict) -> None:
     saved, own = theirs.get("precision"), mine["precision"]
     if words_of(saved) != words_of(own):
         raise ValueError(
-            f"the state_dict was saved with precision={saved!r}, this optimizer has {own!r}: give it precision={saved!r}"
+            f"the state_dict was saved with precision={saved!r}, this group has {own!r}: give it {saved!r}"
         )
 
 
