@@ -67,7 +67,7 @@ class Release:
         launch.table.check_rests()
         if launch.run(Phase.STEP & ~Phase.NORM, optimizer._rows(launch), 0.0):
             torch.autograd.graph.increment_version(launch.written())
-        launch.table.note_versions()
+        launch.table.note_rests()
         p.grad = None
         self._stepped.add(p)
 
