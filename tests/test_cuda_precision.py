@@ -33,8 +33,8 @@ def grouped(kinds, **more):
 
     def groups(params):
         each = len(params) // len(kinds)
-        shares = zip(*[iter(params)] * each, strict=True)
-        return [{"params": list(own), "precision": words, **more} for own, (_, words) in zip(shares, kinds, strict=True)]
+        shares = zip(kinds, zip(*[iter(params)] * each, strict=True), strict=True)
+        return [{"params": list(own), "precision": words, **more} for (_, words), own in shares]
 
     return groups
 
