@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from layerfused import kernels, triton_engine
 from layerfused.kernels import engine, tables
 
+FP32, PLAIN = (torch.float32,) * 4, (0,) * 4
 BF16 = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
 WITH_P32 = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
@@ -38,7 +39,7 @@ ROWS = {"sgd": ("lr", "momentum", *REST), "adam": ("lr", "beta1", "beta2", "eps"
 
 def signature():
     i, f, d, n = "*i64", "*fp32", "*fp64", "*i32"
-    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i, i)
+    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i, i, i, i)
     return tables.Table(plan, given, tables.Kept(f, d, d, d, d, i), tables.Work(n, d, f))
 
 
@@ -79,10 +80,10 @@ def variants(target):
         yield "lamb", {"phases": phases, "clip": phases == 1, "mixed": True}
 
 
-def compiled(name, target, phases, clip=False, mixed=False, live=False, leads=False, storage=(torch.float32,) * 4):
+def compiled(name, target, phases, clip=False, mixed=False, live=False, leads=False, storage=FP32, ways=PLAIN):
     rule = rule_of(name)
     types = tuple(triton_engine.TYPES[dtype] for dtype in storage)
-    form, rest = triton_engine.triton_form(rule), (clip, live, bool(rule.scalar), mixed, leads)
+    form, rest = triton_engine.triton_form(rule), (clip, live, bool(rule.scalar), mixed, leads, ways)
     spec = kernels.Spec(form, rule.hyper, types, triton_engine.TILE, phases, *rest)
     source = ASTSource(engine.run, {"t": signature(), "spec": "constexpr"}, {(1,): spec}, {})
     backend, arch = target.split(":")
