@@ -22,6 +22,8 @@ TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
 EXACT = {"div.rn.f32", "div.rn.f64", "sqrt.rn.f32", "sqrt.rn.f64"}
 P, G, M, V = rules.P, rules.G, rules.M, rules.V
 PREDICTED = 16  # a further operand
+MASTER, STOCHASTIC = 1, 4
+RESTS = {MASTER: 4, 2: 2, 3: 2}  # bytes of a parameter's other half, by its way
 
 
 def drive(argument, cache):
@@ -91,11 +93,14 @@ def sweeps(line):
     return loops + [(G, 0)] * (fields["phases"] & 1)
 
 
-def accesses(mask, storage):
+def accesses(mask, fields, writes=False):
     """Accesses of 16 bytes that a thread needs for its part of a tile of each operand."""
     elements = triton_engine.TILE // (32 * triton_engine.WARPS)
-    sizes = [2 if "16" in dtype else 4 for dtype in storage or ["float32"] * 4]
+    sizes = [2 if "16" in dtype else 4 for dtype in fields["storage"] or ["float32"] * 4]
     sizes.append(sizes[0])  # predicted weights
+    way = fields.get("ways", [0])[0]
+    if way in RESTS:
+        sizes[0] = RESTS[way] + sizes[0] * (writes or way != MASTER)
     return sum(elements * size // 16 for k, size in enumerate(sizes) if mask >> k & 1)
 
 
@@ -105,11 +110,24 @@ def test_every_operand_moves_in_vectors(kernels, target):
     for where, line in each(kernels, target):
         if line["fields"]["phases"] == 4:
             continue  # FINISH alone touches no elements
-        storage = line["fields"]["storage"]
-        reads = sum(accesses(mask, storage) for mask, _ in sweeps(line))
-        writes = sum(accesses(mask, storage) for _, mask in sweeps(line))
+        reads = sum(accesses(mask, line["fields"]) for mask, _ in sweeps(line))
+        writes = sum(accesses(mask, line["fields"], writes=True) for _, mask in sweeps(line))
         found = [line["words"].get(f"{word}.global.v4.b32", 0) for word in ("ld", "st")]
         assert found == [reads, writes], where
+
+
+def test_noise_is_made_where_it_is_used(kernels):
+    """One Philox of 20 long products serves 8 elements, those of a thread: nothing moves between threads for it."""
+    found = {json.dumps([line["rule"], line["fields"]]): line["words"] for line in kernels["cuda:90"]}
+    for line in kernels["cuda:90"]:
+        rule, fields, words = line["rule"], line["fields"], line["words"]
+        kinds = fields.get("ways", [])
+        if kinds.count(STOCHASTIC) != 1 or rule != "adam":
+            continue
+        plain = found[json.dumps([rule, {key: value for key, value in fields.items() if key != "ways"}])]
+        moves = [sum(count for word, count in some.items() if "shared" in word) for some in (words, plain)]
+        assert moves[0] == moves[1], fields
+        assert 0 < words["mul.hi.u32"] <= 2 * 20, fields  # two draws where a layer begins between
 
 
 @pytest.mark.parametrize("target", NVIDIA)

@@ -29,10 +29,12 @@ from layerfused.kernels import engine, tables
 FP32, PLAIN = (torch.float32,) * 4, (0,) * 4
 BF16 = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
+ALL_BF16 = (torch.bfloat16,) * 4
 WITH_P32 = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trust_lion.py"
 STEP, WITHOUT_NORM, PIECES = 15, 14, (1, 2, 4, 6, 8)
 PREDICT, UNCOUNTED = 16, 32
+MASTER, REMAINDER, KAHAN, STOCHASTIC = 1, 2, 3, 4  # as in csrc/storage.h
 REST = ("weight_decay", "ema", "damping", "max_step", "self_concordant", "signed_average", "reach", "base")
 ROWS = {"sgd": ("lr", "momentum", *REST), "adam": ("lr", "beta1", "beta2", "eps", *REST)}
 
@@ -51,6 +53,15 @@ def rule_of(name):
     return opt.rule_of(opt.param_groups[0])
 
 
+def ways():
+    """Ways of storing p and v: each with the rule of two states, and those that keep most in registers with stats."""
+    for storage, kinds in {BF16: (MASTER, REMAINDER, KAHAN, STOCHASTIC), FP16: (KAHAN, STOCHASTIC)}.items():
+        for kind in kinds:
+            yield "adam-decay", {"phases": WITHOUT_NORM, "storage": storage, "ways": (kind, 0, 0, 0)}
+    yield "lamb", {"phases": WITHOUT_NORM, "storage": ALL_BF16, "ways": (STOCHASTIC, 0, 0, STOCHASTIC)}
+    yield "setadam-coupled", {"phases": WITHOUT_NORM, "storage": ALL_BF16, "ways": (REMAINDER, 0, 0, STOCHASTIC)}
+
+
 def variants(target):
     """(rule's case, fields of the Spec): every rule as an ordinary step, and one of each kind in every other way."""
     for name in ONE_PER_RULE:
@@ -63,6 +74,7 @@ def variants(target):
         yield f"curvature_{flavour}", {"phases": WITHOUT_NORM, "clip": True, "live": True, "leads": True}
     if target != "cuda:90":
         return
+    yield from ways()
     yield "lamb", {"phases": STEP, "clip": True, "mixed": True, "leads": True}
     for flavour in ROWS:
         yield f"slope_{flavour}", {"phases": PREDICT | UNCOUNTED, "clip": True, "live": True, "leads": True}
