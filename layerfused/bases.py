@@ -109,6 +109,8 @@ class Ours(Base):
         for group in optimizer.param_groups:
             if group["differentiable"]:
                 raise ValueError("XGrad cannot wrap differentiable=True: the restored weights would cut the graph")
+            if group["precision"] is not None:
+                raise ValueError(f"XGrad cannot wrap precision={group['precision']!r}: use precision=None")
             rule = optimizer.rule_of(group)
             if rule.direction is None:
                 remedy = "use momentum > 0" if "momentum" in group else "give its lf.Rule a `direction`"

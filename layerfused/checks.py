@@ -5,6 +5,8 @@ from numbers import Real
 
 import torch
 
+from .precision import words_of
+
 # name -> (lowest, highest, lowest allowed, highest allowed); beta stands for both halves of `betas`
 RANGES = {
     "lr": (0, math.inf, True, False),
@@ -77,6 +79,9 @@ def check_group(group: dict, positive_eps: bool) -> None:
     if group.get("nesterov") and group.get("dampening", 0) != 0:
         raise ValueError(f"nesterov needs dampening=0, got dampening={group['dampening']}")
     check_layer(group["layer"])
+    words_of(group["precision"])
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**53:
+        raise ValueError(f"seed must be an integer in [0, 2**53), got {group['seed']!r}")
 
 
 def _check_betas(betas) -> None:

@@ -34,6 +34,7 @@ class Curvature(Optimizer):
     """
 
     needs_closure = True
+    takes_precision = False
     second: Rule
 
     def __init__(self, params, defaults: dict, options: dict, **common):

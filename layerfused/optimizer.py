@@ -10,6 +10,7 @@ from ._cpu import same
 from .backends import engines_of, launch_of
 from .checks import ANY, RANGES, check_group, check_range, trust_bounds
 from .plan import Phase
+from .precision import check_parameter, words_of
 from .reports import by_name
 from .rule import Rule
 from .table import Table, check_overlap
@@ -21,7 +22,8 @@ HALVES = {  # what a rule's row takes out of a pair
     "lower": lambda group: trust_bounds(group["trust_clip"])[0],
     "upper": lambda group: trust_bounds(group["trust_clip"])[1],
 }
-STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused")  # what the tables depend on
+# What the tables depend on.
+STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused", "precision", "seed")
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -50,6 +52,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    takes_precision = True
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
 
     def __init__(
@@ -64,9 +67,11 @@ class Optimizer(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        precision: str | tuple[str, ...] | None = None,
+        seed: int = 0,
     ):
         common = dict(maximize=maximize, differentiable=differentiable, backend=backend, adapt=True, layer="tensor")
-        common |= dict(foreach=foreach, fused=fused, capturable=capturable)
+        common |= dict(foreach=foreach, fused=fused, capturable=capturable, precision=precision, seed=seed)
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
@@ -141,15 +146,17 @@ class Optimizer(torch.optim.Optimizer):
             rule = self.rule_of(group)
             if rule.needs_adapt and not group["adapt"]:
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
+            words = self._words(group)
             for p, engine in zip(group["params"], engines_of(group, rule), strict=True):
-                variant = launch_of(engine).variant(p, self.state.get(p, {}), rule)
+                variant = launch_of(engine).variant(p, self.state.get(p, {}), rule, words)
                 members[engine, p.device, rule, variant].setdefault(number, []).append(p)
             if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
                 raise ValueError("layer='group' needs states of one type on this engine: load them alike, or cast them")
         tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
-        reports = self._reports()
+        reports, numbers = self._reports(), {p: i for i, p in enumerate(self._params)}
         for (engine, _, rule, _), lists in members.items():
-            tables.append((engine, Table(rule, [self.param_groups[number] for number in lists], list(lists.values()))))
+            groups = [self.param_groups[number] for number in lists]
+            tables.append((engine, Table(rule, groups, list(lists.values()), numbers)))
             tables[-1][1].adopt(entries)
             tables[-1][1].recall(reports)
         self._keep(entries)
@@ -166,6 +173,15 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _words(self, group: dict) -> tuple[str, ...]:
+        """The words of a group's `precision`, fit for its parameters."""
+        words = words_of(group["precision"])
+        if words and (self._lead or not self.takes_precision):
+            raise ValueError(f"{type(self).__name__ if not self._lead else 'XGrad'} needs precision=None, got {words}")
+        for p in group["params"]:
+            check_parameter(words, p)
+        return words
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""

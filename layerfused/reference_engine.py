@@ -15,7 +15,7 @@ class ReferenceLaunch:
 
     engine = "reference"
     live, on_chip, leads = False, 0, False
-    variant = staticmethod(lambda p, entries, rule: ())
+    variant = staticmethod(lambda p, entries, rule, words: ())
 
     def __init__(self, table: Table, state: dict):
         self.table, self.state = table, state
@@ -25,8 +25,8 @@ class ReferenceLaunch:
     def _look(self) -> list:
         names = self.table.rule.entries
         return [
-            (p.shape, p.stride(), p.dtype, p.device, [id(self.state[p].get(name)) for name in names])
-            for p in self.table.params
+            (p.shape, p.stride(), p.dtype, p.device, [id(self.state[p].get(name)) for name in (*names, rest)])
+            for p, rest in zip(self.table.params, self.table.rests, strict=True)
         ]
 
     def read(self) -> bool:

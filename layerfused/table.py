@@ -7,11 +7,14 @@ import torch
 
 from . import _cpu
 from .plan import LayerSpec, Span, cut_rows
+from .precision import RESTS, STATES, place_of, rest_dtype, rest_of, words_of
 from .rule import Rule
 
 
-def state_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """States are float32 whatever the parameter's type; float64 parameters keep theirs in float64."""
+def state_dtype(parameter: torch.Tensor, words: Sequence[str] = ()) -> torch.dtype:
+    """States are float32 whatever the parameter's type, unless `precision` says otherwise; float64 keeps float64."""
+    if STATES in words:
+        return torch.bfloat16
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
@@ -41,14 +44,27 @@ class Table:
         layers: a `LayerSpec` per layer, in the order of the parameters.
         slots: per parameter, its range of slots for the scalars of its layers.
         layer_slots: per layer, its range of slots: one, or with layer="group" one per member, kept alike.
+        words, rests: per parameter, what its group's `precision` says, and the name in `state` of its rest, or None.
+        seeds, places: per parameter, what its noise is drawn by.
         step: float32 [parameters], of which `state["step"]` are views (one addition counts them all).
         scalars: float64 [slots], of which `state[rule.scalar]` are views.
         report: float64 [layers, len(rule.report)], overwritten by every step.
     """
 
-    def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]]):
+    def __init__(
+        self,
+        rule: Rule,
+        groups: list[dict],
+        members: Sequence[Sequence[torch.Tensor]],
+        numbers: dict[torch.Tensor, int] | None = None,
+    ):
+        """`numbers`: of each parameter its own in the optimizer; None: its own here."""
         self.rule, self.groups, self.members = rule, groups, members
         self.params = [p for params in members for p in params]
+        self.words = [words_of(g["precision"]) for g, params in zip(groups, members, strict=True) for _ in params]
+        self.rests = [rest_of(words, p.dtype) for words, p in zip(self.words, self.params, strict=True)]
+        self.seeds = [group["seed"] for group, params in zip(groups, members, strict=True) for _ in params]
+        self.places = [place_of(p, numbers[p] if numbers else i) for i, p in enumerate(self.params)]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
         for number, (group, params) in enumerate(zip(groups, members, strict=True)):
@@ -89,7 +105,11 @@ class Table:
         for i, p in enumerate(self.params):
             entries = state[p]
             for name in self.rule.states:
-                entries[name] = fitting_state(entries.get(name), p, name)
+                entries[name] = fitting_state(entries.get(name), p, name, self.words[i])
+            for name in {*RESTS.values()} - {*self.rule.entries}:
+                old = entries.pop(name, None)
+                if name == self.rests[i]:
+                    entries[name] = fitting_rest(old, p, name)
             self._pack(entries, "step", self.step[i])
         self.adopt_scalars(state)
         self.check_steps()
@@ -151,10 +171,10 @@ class Table:
                 raise ValueError(f"the tensors of a layer='group' must agree in step, got {sorted(steps)}")
 
 
-def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
+def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str, words: Sequence[str] = ()) -> torch.Tensor:
     """An elementwise state that lies in memory like its parameter: `old` itself if it does, else a copy, else zeros."""
     if old is None:
-        return untouched_like(p, state_dtype(p)).zero_()
+        return untouched_like(p, state_dtype(p, words)).zero_()
     if old.shape != p.shape:
         raise ValueError(f"state {name!r} has shape {tuple(old.shape)}, its parameter has {tuple(p.shape)}")
     if not old.is_floating_point():
@@ -162,6 +182,22 @@ def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch
     if old.device == p.device and lies_like(old, p):
         return old
     return torch.empty_like(p, dtype=old.dtype, memory_format=torch.preserve_format).copy_(old)
+
+
+def fitting_rest(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
+    """As `fitting_state`, of what is kept beside a parameter; a new one says that nothing was lost yet."""
+    dtype = rest_dtype(name, p)
+    if old is None:
+        new = untouched_like(p, dtype)
+        return new.copy_(p.detach()) if name == "master" else new.zero_()
+    if old.shape != p.shape or old.dtype != dtype:
+        raise ValueError(
+            f"state {name!r} is {old.dtype} of shape {tuple(old.shape)}, its parameter of shape {tuple(p.shape)} needs "
+            f"{dtype}"
+        )
+    if old.device == p.device and lies_like(old, p):
+        return old
+    return untouched_like(p, dtype).copy_(old)
 
 
 def untouched_like(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
