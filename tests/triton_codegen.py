@@ -54,7 +54,7 @@ def rule_of(name):
 
 
 def ways():
-    """Ways of storing p and v: each with the rule of two states, and those that keep most in registers with stats."""
+    """Ways of storing p and v: each with a rule of two states, and of those with stats two that fill the registers."""
     for storage, kinds in {BF16: (MASTER, REMAINDER, KAHAN, STOCHASTIC), FP16: (KAHAN, STOCHASTIC)}.items():
         for kind in kinds:
             yield "adam-decay", {"phases": WITHOUT_NORM, "storage": storage, "ways": (kind, 0, 0, 0)}
@@ -191,7 +191,7 @@ class Driver:
 
 
 def launches():
-    """A step, then steps with other numbers: lr, weight decay, step and clip; other sizes; a tensor lr."""
+    """A step, then steps with other numbers: lr, weight decay, step and clip; other sizes; a tensor lr; a seed."""
     driver = Driver(GPUTarget("cuda", 90, 32))
     triton.runtime.driver.set_active(driver)
     kernels.INTERPRETED = True  # CPU tensors stand for a GPU's
@@ -231,6 +231,13 @@ def launches():
     take("a rule of one's own")
     opt = edited_lion()(params, backend="triton")
     take("another rule whose functions have the same names")
+    params = parameters(x.bfloat16() for x in starts(sizes))
+    for p in params:
+        p.grad_dtype = None
+    opt = make("sgd", params, backend="triton", precision="stochastic")
+    take("stochastic rounding")
+    opt.param_groups[0]["seed"] = 1
+    take("another seed")
     print(json.dumps(lines))
 
 
