@@ -83,13 +83,14 @@ RULE_FN uint16_t stochastic_bf16(float x, uint32_t r) {
 RULE_FN uint16_t stochastic_fp16(float x, uint32_t r) {
   const uint32_t u = bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + (r >> 3)) >> 13;
-  // Below the normal numbers the distance is 2^-24: `shift` bits of the significand lie under it. The number is less
-  // than 2^-7 of that distance where they are more than 31, and 0 then.
+  // Below the normal numbers the distance is 2^-24: `shift` bits of the significand lie under it. Where they are more
+  // than 31, the number is less than 2^-7 of that distance, and 0 then.
   const uint32_t shift = 126u - (magnitude >> 23), s = shift & 31u;
-  const uint32_t significand = (magnitude & 0x7fffffu) | 0x800000u, noise = s >= 16 ? r << (s - 16) : r >> (16 - s);
-  const uint32_t subnormal = shift > 31 ? 0 : (significand + noise) >> s;
+  const uint32_t significand = (magnitude & 0x7fffffu) | 0x800000u, up = (r << 16) >> ((32u - s) & 31u);
+  const uint32_t subnormal = shift > 31u ? 0u : (significand + up) >> s;
   const uint32_t rounded = magnitude < (113u << 23) ? subnormal : normal < 0x7c00u ? normal : 0x7c00u;
-  return is_finite(x) ? uint16_t(sign | rounded) : float_to_fp16(x);
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return uint16_t(sign | (magnitude >= 0x7f800000u ? special : rounded));
 }
 
 }  // namespace layerfused

@@ -102,7 +102,7 @@ def triton_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
 
 def precision_lacks(engine: str, group: dict) -> str:
     """Why an engine cannot keep numbers as a group's `precision` says; "" if it can."""
-    lacking = engine in ("cpu", "cuda") and words_of(group["precision"])
+    lacking = engine == "cuda" and words_of(group["precision"])
     return f"it has no precision={group['precision']!r} yet" if lacking else ""
 
 

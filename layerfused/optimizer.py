@@ -177,8 +177,10 @@ class Optimizer(torch.optim.Optimizer):
     def _words(self, group: dict) -> tuple[str, ...]:
         """The words of a group's `precision`, fit for its parameters."""
         words = words_of(group["precision"])
-        if words and (self._lead or not self.takes_precision):
-            raise ValueError(f"{type(self).__name__ if not self._lead else 'XGrad'} needs precision=None, got {words}")
+        if words and (self._lead or not self.takes_precision or group["differentiable"]):
+            what = "XGrad" if self._lead else type(self).__name__
+            what = "differentiable=True" if group["differentiable"] else what
+            raise ValueError(f"{what} needs precision=None, got {group['precision']!r}")
         for p in group["params"]:
             check_parameter(words, p)
         return words
@@ -247,6 +249,7 @@ class Optimizer(torch.optim.Optimizer):
             for launch, own in zip(launches, rows, strict=True):
                 if launch.run(phases, own, max_norm, skipped):
                     torch.autograd.graph.increment_version(launch.written())
+                launch.table.note_versions()
                 skipped = None
         return loss
 
@@ -264,6 +267,8 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._launches = None  # what was wrong must be looked at again
             raise
+        for launch in launches:
+            launch.table.check_rests()
         return [launch for launch in launches if launch.absent < len(launch.table.params)]
 
     def _predict(self) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from . import _cpu
 from .plan import LayerSpec, Span, cut_rows
-from .precision import RESTS, STATES, place_of, rest_dtype, rest_of, words_of
+from .precision import RESTS, STATES, place_of, rest_dtype, rest_of, way_of, words_of
 from .rule import Rule
+from .storing import begin_anew
 
 
 def state_dtype(parameter: torch.Tensor, words: Sequence[str] = ()) -> torch.dtype:
@@ -64,6 +65,7 @@ class Table:
         self.words = [words_of(g["precision"]) for g, params in zip(groups, members, strict=True) for _ in params]
         self.rests = [rest_of(words, p.dtype) for words, p in zip(self.words, self.params, strict=True)]
         self.seeds = [group["seed"] for group, params in zip(groups, members, strict=True) for _ in params]
+        self._kept = []  # of the parameters with a rest: itself, rest, way, and the version that they belong together in
         self.places = [place_of(p, numbers[p] if numbers else i) for i, p in enumerate(self.params)]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
@@ -110,9 +112,22 @@ class Table:
                 old = entries.pop(name, None)
                 if name == self.rests[i]:
                     entries[name] = fitting_rest(old, p, name)
+                    self._kept.append([p, entries[name], way_of(self.words[i], p.dtype), None])
             self._pack(entries, "step", self.step[i])
         self.adopt_scalars(state)
         self.check_steps()
+
+    @torch.no_grad()
+    def check_rests(self) -> None:
+        """Makes rests fit again whose parameter somebody else may have written since `note_versions`."""
+        for p, rest, way, version in self._kept:
+            if p._version != version:
+                begin_anew(p, rest, way)
+
+    def note_versions(self) -> None:
+        """Parameters and rests belong together now."""
+        for one in self._kept:
+            one[3] = one[0]._version
 
     def adopt_scalars(self, state: dict) -> None:
         """The part of `adopt` that is about layer scalars."""
@@ -152,6 +167,11 @@ class Table:
             g = p.element_size() if p.grad is None else p.grad.element_size()
             sizes.append((p.element_size(), g, *(state[p][n].element_size() if n else 0 for n in names)))
         return sizes
+
+    def rest_bytes(self) -> list[tuple[int, int]]:
+        """Per parameter, the bytes of an element that reading and writing it take beside its own."""
+        costs = {"master": (2, 4), "remainder": (2, 2), "compensation": (2, 2)}  # a master is read alone
+        return [costs.get(name, (0, 0)) for name in self.rests]
 
     def layers_of(self) -> list[list[int]]:
         """Per parameter, the numbers of the layers that it has a part in."""

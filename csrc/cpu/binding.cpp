@@ -50,8 +50,7 @@ void set_precision(Bound& bound, py::buffer rest, py::buffer seeds, py::buffer p
   for (const auto* column : {&bound.rest, &bound.seeds, &bound.places})
     if (int64_t(column->size()) != bound.engine->tensors())
       throw std::invalid_argument("rests, seeds and places need one number per tensor");
-  Engine& engine = *bound.engine;
-  engine.rest = bound.rest.data(), engine.seeds = bound.seeds.data(), engine.places = bound.places.data();
+  bound.engine->ways = {bound.rest.data(), bound.seeds.data(), bound.places.data()};
 }
 
 void set_outputs(Bound& bound, int64_t step, int64_t state, int64_t stats, int64_t report, int64_t norm) {

@@ -26,7 +26,7 @@ class Engine {
          int64_t tensors);
 
   Column p, g, m, v;
-  const int64_t *rest = nullptr, *seeds = nullptr, *places = nullptr;  // see storage.h and philox.h; not needed without
+  Ways ways;
   Column predicted;  // where the launch leads: the parameters, p being a copy with the true weights
   float ahead = 0;   // how many steps on is predicted
   Outputs out{};
