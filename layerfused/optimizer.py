@@ -43,6 +43,14 @@ class Optimizer(torch.optim.Optimizer):
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
         foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        precision: how 16-bit parameters keep what their type cannot hold, a word or None (rounded to nearest; states in
+            float32), and a group's key: "master" (steps are taken on float32 weights, `state["master"]`, of which the
+            parameter is the rounded copy), "remainder" (bfloat16: the same numbers as "master", of which
+            `state["remainder"]` has the lower 16 bits), "kahan" (`state["compensation"]` is what rounding left over,
+            in the parameter's type), "stochastic" (up or down at random, unbiased; nothing is kept). "bf16-states",
+            alone or in a pair with one of them, makes elementwise states bfloat16, the second rounded stochastically.
+            What is kept follows a parameter that somebody else has written, but for writes through `.data`.
+        seed: what random rounding is drawn by, beside parameter, element and step; in [0, 2**53), and a group's key.
 
     Raises:
         ValueError, TypeError: for a hyper-parameter out of range, parameters that overlap in memory or occur twice,
@@ -249,7 +257,7 @@ class Optimizer(torch.optim.Optimizer):
             for launch, own in zip(launches, rows, strict=True):
                 if launch.run(phases, own, max_norm, skipped):
                     torch.autograd.graph.increment_version(launch.written())
-                launch.table.note_versions()
+                launch.table.note_rests()
                 skipped = None
         return loss
 
@@ -382,7 +390,8 @@ class Optimizer(torch.optim.Optimizer):
         (as `amsgrad`) are dropped, those of learning-rate schedulers kept.
 
         Raises:
-            ValueError: for a state_dict of another optimizer or other shapes; the optimizer is then as it was.
+            ValueError: for a state_dict of another optimizer, other shapes or another `precision`; the optimizer is
+                then as it was.
         """
         state_dicts.load(self, state_dict)
 

@@ -1,4 +1,4 @@
-"""How numbers are stored by the words of `precision`, in torch: what csrc/storage.h and csrc/philox.h say, bit for bit."""
+"""How numbers are stored by the words of `precision`: csrc/storage.h and csrc/philox.h in torch, bit for bit."""
 
 import torch
 

@@ -65,7 +65,7 @@ class Table:
         self.words = [words_of(g["precision"]) for g, params in zip(groups, members, strict=True) for _ in params]
         self.rests = [rest_of(words, p.dtype) for words, p in zip(self.words, self.params, strict=True)]
         self.seeds = [group["seed"] for group, params in zip(groups, members, strict=True) for _ in params]
-        self._kept = []  # of the parameters with a rest: itself, rest, way, and the version that they belong together in
+        self._kept = []  # of the parameters with a rest: itself, rest, way, and when they belonged together
         self.places = [place_of(p, numbers[p] if numbers else i) for i, p in enumerate(self.params)]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
@@ -119,15 +119,15 @@ class Table:
 
     @torch.no_grad()
     def check_rests(self) -> None:
-        """Makes rests fit again whose parameter somebody else may have written since `note_versions`."""
-        for p, rest, way, version in self._kept:
-            if p._version != version:
+        """Makes rests fit again whose parameter somebody else may have written since `note_rests`."""
+        for p, rest, way, seen in self._kept:
+            if seen != (p._version, p.data_ptr()):
                 begin_anew(p, rest, way)
 
-    def note_versions(self) -> None:
+    def note_rests(self) -> None:
         """Parameters and rests belong together now."""
         for one in self._kept:
-            one[3] = one[0]._version
+            one[3] = one[0]._version, one[0].data_ptr()
 
     def adopt_scalars(self, state: dict) -> None:
         """The part of `adopt` that is about layer scalars."""
