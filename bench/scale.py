@@ -67,7 +67,7 @@ def measure(args):
     """Rows of all runs, and notes on those that were not finished."""
     rows, notes = [], []
     for ranks in args.ranks:
-        print(f"measuring on {ranks} ranks …", file=sys.stderr)
+        print(f"measuring, ranks: {ranks} …", file=sys.stderr)
         more, reason = scale_ranks.launched(ranks, cases(args, ranks), args.repeats, args.seconds, args.limit)
         rows += more
         notes += [{"ranks": ranks, "reason": reason}] if reason else []
@@ -94,10 +94,10 @@ def wanted(rows):
     for row in rows:
         step = next(one for one in row["contenders"] if one["contender"] == STEP)
         if row["case"] in ("300 vectors", "465 groups"):
-            where = f"host time of a step, {row['case']}, {row['ranks']} ranks"
+            where = f"host time of a step, {row['case']}, ranks: {row['ranks']}"
             found.append(f"{where}: {step['host_ms']:.2f} ms; wanted: at most 1")
         elif row["case"] == "bert-base":
-            where = f"(step - all-gather) / local step, bert-base, {row['ranks']} ranks"
+            where = f"(step - all-gather) / local step, bert-base, ranks: {row['ranks']}"
             found.append(f"{where}: {row['ratio']:.2f}; wanted: at most 1.3")
     return found
 
@@ -148,5 +148,5 @@ def printed(rows, notes):
     noisy = [row["others_cpus"] for row in rows if (row["others_cpus"] or 0) > 0.1]
     lines = [table(rows), *wanted(rows)] if rows else []
     lines += [f"NOISY: other processes kept up to {max(noisy):.1f} CPUs busy"] if noisy else []
-    lines += [f"{note['ranks']} ranks: {note['reason']}" for note in notes]
+    lines += [f"ranks: {note['ranks']}: {note['reason']}" for note in notes]
     return [*lines, *(f"not measured: {what}" for what in NOT_MEASURED), ""]
