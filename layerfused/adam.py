@@ -23,8 +23,8 @@ class Adam(Optimizer):
         betas: decay of the two averages, each in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: coupled L2, >= 0.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see
-            `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.
@@ -46,8 +46,8 @@ class AdamW(Optimizer):
         betas: decay of the two averages, each in [0, 1).
         eps: added to the root, >= 0.
         weight_decay: decoupled, >= 0: a step takes lr * weight_decay of p away.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see
-            `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

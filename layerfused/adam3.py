@@ -17,8 +17,8 @@ class AdaM3(Optimizer):
         eps: inside of the state alone, > 0.
         weight_decay: >= 0.
         decoupled: AdamW's decay instead of coupled L2.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see
-            `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

@@ -20,8 +20,8 @@ class AdamNorm(Optimizer):
         weight_decay: >= 0.
         gamma: decay of the running norm, in [0, 1).
         decoupled: AdamW's decay instead of coupled L2.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the
-            group keys `adapt` and `layer`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

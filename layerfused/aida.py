@@ -20,8 +20,8 @@ class Aida(Optimizer):
         k: number of projections, an integer >= 0; 0 is AdaBelief without its outer eps.
         xi: guards the projections' denominators, > 0.
         decoupled: AdamW's decay instead of the authors' coupled L2.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the
-            group keys `adapt` and `layer`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

@@ -100,9 +100,13 @@ class Ours(Base):
             raise TypeError(f"XGrad cannot wrap {type(optimizer).__name__}, whose step() evaluates the model itself")
         if optimizer._parts.of:
             raise TypeError("XGrad does not serve DTensor parameters yet: use the optimizer without it")
+        if optimizer._released:
+            raise ValueError("XGrad cannot wrap an optimizer that releases its gradients: remove() the release first")
         for group in optimizer.param_groups:
             if group["differentiable"]:
                 raise ValueError("XGrad cannot wrap differentiable=True: the restored weights would cut the graph")
+            if group["precision"] is not None:
+                raise ValueError(f"XGrad cannot wrap precision={group['precision']!r}: use precision=None")
             rule = optimizer.rule_of(group)
             if rule.direction is None:
                 remedy = "use momentum > 0" if "momentum" in group else "give its lf.Rule a `direction`"

@@ -5,6 +5,8 @@ from numbers import Real
 
 import torch
 
+from .precision import words_of
+
 # name -> (lowest, highest, lowest allowed, highest allowed); beta stands for both halves of `betas`
 RANGES = {
     "lr": (0, math.inf, True, False),
@@ -95,6 +97,11 @@ def _check_k(k) -> None:
         raise ValueError(f"k must be an integer >= 0, got {k!r}")
 
 
+def _check_seed(seed) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**53:
+        raise ValueError(f"seed must be an integer in [0, 2**53), got {seed!r}")
+
+
 def _check_betas(betas) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
@@ -137,5 +144,7 @@ CHECKS = {
     "betas": _check_betas,
     "k": _check_k,
     "layer": check_layer,
+    "precision": words_of,
+    "seed": _check_seed,
     "trust_clip": trust_bounds,
 }

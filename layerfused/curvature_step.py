@@ -35,7 +35,7 @@ class Curvature(Optimizer):
     """
 
     needs_closure = True
-    spreads = False
+    spreads = takes_precision = False
     second: Rule
 
     def __init__(self, params, defaults: dict, options: dict, **common):

@@ -41,8 +41,8 @@ class LAdam(Optimizer):
         weight_decay: >= 0.
         processing: "pre" or "post".
         decoupled: AdamW's decay instead of coupled L2.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the
-            group keys `adapt` and `layer`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range, and for adapt=False.

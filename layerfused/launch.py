@@ -8,6 +8,7 @@ import torch
 from . import _cpu
 from .gradients import check_gradient
 from .plan import Phase
+from .precision import ways_of
 from .table import Table, lies_like
 
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/storage.h
@@ -19,6 +20,8 @@ class Launch:
     Attributes:
         absent, moved: how many parameters had no gradient at the last `read()`, whether any lay elsewhere.
         kinds: the storage types of its gradients, a bit for each.
+        ways: per parameter the ways of p and of v, as in csrc/storage.h.
+        rests, seeds, places: per parameter the address of its rest (0: none), and what its noise is drawn by.
         leads, ahead: whether predicted weights are written beside the true ones, and of how many steps ahead.
     """
 
@@ -37,9 +40,20 @@ class Launch:
                 raise ValueError(f"state {name!r} has dtype {types.pop()}: cast it to float32, bfloat16 or float16")
         self._reader = _cpu.Reader(table.params, self._entries, table.rule.entries, len(table.rule.states))
         self._copies = []
+        self._set_precision()
+
+    def _set_precision(self) -> None:
+        table, second = self.table, self.table.rule.states[1:]
+        drawn = [entries[second[0]].dtype if second else None for entries in self._entries]
+        self.ways = [ways_of(words, p.dtype, v) for words, p, v in zip(table.words, table.params, drawn, strict=True)]
+        if any(table.words):
+            self._reader.set_ways(*map(list, zip(*self.ways, strict=True)), table.rests)
+        named = zip(self._entries, table.rests, strict=True)
+        rests = (entries[name].data_ptr() if name else 0 for entries, name in named)
+        self.rests, self.seeds, self.places = array("q", rests), array("q", table.seeds), array("q", table.places)
 
     @staticmethod
-    def variant(p: torch.Tensor, entries: dict, rule) -> tuple:
+    def variant(p: torch.Tensor, entries: dict, rule, words: tuple[str, ...]) -> tuple:
         """What must be alike in one launch, beside rule and device."""
         return ()
 

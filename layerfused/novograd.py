@@ -19,8 +19,8 @@ class NovoGrad(Optimizer):
         eps: added to the root, >= 0.
         weight_decay: decoupled, enters m, >= 0.
         grad_averaging: multiplies what enters m by 1 - beta1.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the
-            group keys `adapt` and `layer`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range, and for adapt=False.

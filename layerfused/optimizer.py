@@ -15,6 +15,8 @@ from .checks import RANGES, check_group, check_range
 from .exchange import Exchange, agree, group_device, summed
 from .parts import Parts, is_spread
 from .plan import Phase
+from .precision import check_parameter, rest_of, words_of
+from .release import Release, check
 from .reports import by_name, names_of
 from .rows import Rows
 from .rule import Rule
@@ -22,7 +24,8 @@ from .scaling import Scaling, scaling_of
 from .table import Table, check_overlap
 from .traffic import traffic
 
-STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused")  # what the tables depend on
+# What the tables depend on.
+STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused", "precision", "seed")
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -47,6 +50,14 @@ class Optimizer(torch.optim.Optimizer):
             (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
         foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        precision: how 16-bit parameters keep what their type cannot hold, a word or None (rounded to nearest; states in
+            float32), and a group's key: "master" (steps are taken on float32 weights, `state["master"]`, of which the
+            parameter is the rounded copy), "remainder" (bfloat16: the same numbers as "master", of which
+            `state["remainder"]` has the lower 16 bits), "kahan" (`state["compensation"]` is what rounding left over,
+            in the parameter's type), "stochastic" (up or down at random, unbiased; nothing is kept). "bf16-states",
+            alone or in a pair with one of them, makes elementwise states bfloat16, the second rounded stochastically.
+            What is kept follows a parameter that somebody else has written, but for writes through `.data`.
+        seed: what random rounding is drawn by, beside parameter, element and step; in [0, 2**53), and a group's key.
 
     Raises:
         ValueError, TypeError: for a hyper-parameter out of range, parameters that overlap in memory or occur twice,
@@ -56,9 +67,11 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    takes_precision = True
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
     spreads = True  # whether parameters may be DTensors
     _warned = False
+    _released: Release | None = None  # while gradients are released every parameter has a launch of its own
 
     def __init__(
         self,
@@ -74,9 +87,11 @@ class Optimizer(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        precision: str | tuple[str, ...] | None = None,
+        seed: int = 0,
     ):
         common = dict(maximize=maximize, differentiable=differentiable, backend=backend, adapt=True, layer="tensor")
-        common |= dict(foreach=foreach, fused=fused, capturable=capturable)
+        common |= dict(foreach=foreach, fused=fused, capturable=capturable, precision=precision, seed=seed)
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
@@ -153,6 +168,8 @@ class Optimizer(torch.optim.Optimizer):
             agree: compare with the other ranks what they hold; only where all of them come at once.
         """
         self._launches, self._rows_of, self._groups = None, {}, list(self.param_groups)
+        if self._released:
+            check(self)
         reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._parts = parts = self._find_parts(agree)
@@ -160,9 +177,9 @@ class Optimizer(torch.optim.Optimizer):
         entries = {p: dict(self.state.get(p, {})) for p in self._params}
         taken = parts.taken(entries)
         tables = []
-        for (engine, _, rule, _, share), lists in self._members(taken).items():
+        for (engine, _, rule, _, share, _), lists in self._members(taken).items():
             groups = [self.param_groups[number] for number in lists]
-            table = Table(rule, groups, list(lists.values()), parts.spans)
+            table = Table(rule, groups, list(lists.values()), parts)
             table.adopt(taken)
             table.recall({parts.here(p): report for p, report in reports.items() if p in entries})
             tables.append((engine, share, table))
@@ -184,6 +201,8 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        if self._released:
+            self._released.follow()
 
     def _find_parts(self, compare: bool) -> Parts:
         """What lies here of parameters that are spread over ranks."""
@@ -192,20 +211,20 @@ class Optimizer(torch.optim.Optimizer):
             rule = self.rule_of(group)
             for p in group["params"]:
                 if p in parts.of:
-                    parts.of[p].states = rule.states
+                    parts.of[p].states = (*rule.states, rest_of(words_of(group["precision"]), p.dtype))
                     parts.of[p].layers = f"rule {rule.name}, layer={group['layer']!r}, adapt={group['adapt']}"
         for mesh in parts.meshes if compare else ():
             agree(mesh, parts.told(mesh))
         return parts
 
     def _members(self, taken: dict) -> dict:
-        """Of each launch, which parameters of which group: (engine, device, rule, variant, share) -> number -> list."""
+        """Of each launch, told apart by what has to be alike in it, a group's number -> its parameters there."""
         members = defaultdict(dict)
         for number, group in enumerate(self.param_groups):
             rule = self.rule_of(group)
             if rule.needs_adapt and not group["adapt"]:
                 raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
-            params = [self._parts.here(p) for p in group["params"]]
+            words, params = self._words(group), [self._parts.here(p) for p in group["params"]]
             for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
                 param = self._parts.param(p)
                 share = self._parts.share(param)
@@ -214,8 +233,9 @@ class Optimizer(torch.optim.Optimizer):
                         f"parameter {self._parts.of[param].name} of {p.dtype} is spread over ranks, and the reference "
                         "engine takes whole layers only: use float32, bfloat16 or float16 and backend='auto'"
                     )
-                variant = launch_of(engine).variant(p, taken[p], rule)
-                members[engine, p.device, rule, variant, share].setdefault(number, []).append(p)
+                variant = launch_of(engine).variant(p, taken[p], rule, words)
+                alone = id(p) if self._released else None
+                members[engine, p.device, rule, variant, share, alone].setdefault(number, []).append(p)
             apart = sum(number in lists for lists in members.values()) > 1 or self._parts.differ(group["params"])
             if group["layer"] == "group" and rule.layerwise and apart:
                 raise ValueError(
@@ -226,15 +246,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def _make_exchanges(self, shares: list) -> list[Exchange]:
         """What is to be exchanged over each mesh."""
-        order = {self._parts.here(p): number for number, p in enumerate(self._params)}
         found = []
         for mesh, dims in self._parts.meshes.items():
+            pairs = zip(self._launches, shares, strict=True)
+            own = [(launch, share[1]) for launch, share in pairs if share and share[0] == mesh]
+            for launch, _ in own:
+                launch.spread = True
             if dims:
-                pairs = zip(self._launches, shares, strict=True)
-                found.append(Exchange(mesh, dims, [(one, s[1]) for one, s in pairs if s and s[0] == mesh], order))
-                for launch in found[-1].launches:
-                    launch.spread = True
+                found.append(Exchange(mesh, dims, own, self._parts.numbers))
         return found
+
+    def _words(self, group: dict) -> tuple[str, ...]:
+        """The words of a group's `precision`, fit for its parameters."""
+        words = words_of(group["precision"])
+        if words and (self._lead or not self.takes_precision or group["differentiable"]):
+            what = "XGrad" if self._lead else type(self).__name__
+            what = "differentiable=True" if group["differentiable"] else what
+            raise ValueError(f"{what} needs precision=None, got {group['precision']!r}")
+        for p in group["params"]:
+            check_parameter(words, p)
+        return words
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
@@ -310,6 +341,7 @@ class Optimizer(torch.optim.Optimizer):
                     torch.autograd.graph.increment_version(self._parts.versions(launch.written()))
                 elif not scaling:
                     self._warn_of_skip()
+                launch.table.note_rests()
                 skipped = None
         if scaling:
             Scaling(None, None).give(launches)
@@ -351,6 +383,8 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._launches = None  # what was wrong must be looked at again
             raise
+        for launch in launches:
+            launch.table.check_rests()
         return [launch for launch in launches if launch.spread or launch.absent < len(launch.table.params)]
 
     def _predict(self) -> None:
@@ -416,6 +450,33 @@ class Optimizer(torch.optim.Optimizer):
             total = summed(total.reshape(1).to(group_device(self.norm_group)), self.norm_group)[0].to(device)
         return total.sqrt()
 
+    def release_gradients(self) -> Release:
+        """Steps each parameter inside of `backward()`, as soon as its gradient is there, and lets that go.
+
+        What is gained is memory: gradients of one or two parameters exist at a time. The numbers are those of ordinary
+        training, bit for bit. `step()` is still to be called after `backward()`, for schedulers and hooks; it steps
+        what was given a gradient by hand, and nothing else. An error in `backward()` leaves the parameters before it
+        stepped. A copy of the optimizer, and an unpickled one, keeps its gradients.
+
+        Every backward pass is a step: gradients cannot be accumulated over several (a parameter that segments of
+        reentrant checkpointing share gets a step from each), clipped or scaled (GradScaler). DistributedDataParallel
+        reduces gradients after these steps; `step()` raises when it finds out.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+
+        Raises:
+            ValueError: where a step needs more than one parameter's gradient (max_grad_norm, layer="group" over several
+                tensors), the gradients afterwards (differentiable=True, XGrad) or the model (curvature), for sharded
+                parameters, and if gradients are released already.
+        """
+        if self._released:
+            raise ValueError("gradients are released already: remove() that handle first")
+        self._current()  # what is wrong without releasing is told before anything changes
+        self._released = Release(self)
+        self._build()
+        return self._released
+
     # What it tells
 
     @property
@@ -470,7 +531,8 @@ class Optimizer(torch.optim.Optimizer):
         (as `amsgrad`) are dropped, those of learning-rate schedulers kept.
 
         Raises:
-            ValueError: for a state_dict of another optimizer or other shapes; the optimizer is then as it was.
+            ValueError: for a state_dict of another optimizer, other shapes or another `precision`; the optimizer is
+                then as it was.
         """
         state_dicts.load(self, state_dict)
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._cpu import same
 from .plan import Span, cut_rows
+from .precision import place_of
 from .table import whole_spans
 
 
@@ -33,6 +34,7 @@ class Part:
         name: for errors.
 
     Attributes:
+        number: of this part, among all different ones.
         here: a tensor over the parameter's own local memory, whose `grad` is set for the time of a step.
         states: the names of its elementwise states, which are spread as it is; the others are alike on all ranks.
         layers: the rule and how its group cuts and adapts layers, for comparing ranks.
@@ -56,6 +58,9 @@ class Part:
         self.dims = tuple(k for k, placement in enumerate(self.placements) if not placement.is_replicate())
         self.local = param._local_tensor
         self.here, self.states, self.layers = self.local.detach(), (), ""
+        self.number = 0  # among the parts of the parameter
+        for k in self.dims:
+            self.number = self.number * self.mesh.size(k) + self.coordinate[k]
         if hasattr(self.here, "grad_dtype"):  # gradients may be of another type than parameters
             self.here.grad_dtype = None
 
@@ -140,6 +145,7 @@ class Parts:
         spread = [(p, name) for p, name in zip(params, names, strict=True) if is_spread(p)]
         self.of = {p: Part(p, name) for p, name in spread}
         self.owner = {part.here: p for p, part in self.of.items()}
+        self.numbers = {self.here(p): number for number, p in enumerate(params)}
         self._watched, self._known = [], []
         self.meshes = {}  # mesh -> its dimensions along which some parameter is cut
         for part in self.of.values():
@@ -167,6 +173,11 @@ class Parts:
         """As `whole_spans`, of what lies here."""
         part = self.of.get(self.owner.get(here))
         return part.spans(number, layer) if part else whole_spans(number, here, layer)
+
+    def place(self, here: torch.Tensor) -> int:
+        """Where the noise for what lies here comes from: replicas of a part draw the same."""
+        part = self.of.get(self.owner.get(here))
+        return place_of(self.numbers[here], part.number if part else 0)
 
     def told(self, mesh) -> list[str]:
         """A line for each parameter on a mesh, of all in which ranks have to agree."""

@@ -6,7 +6,9 @@ import torch
 
 from .gradients import check_gradient
 from .plan import Phase, Span
+from .precision import STATES, way_of
 from .reference import global_norm
+from .storing import join, noise_of, split, stochastic
 from .table import Table
 
 
@@ -15,7 +17,7 @@ class ReferenceLaunch:
 
     engine = "reference"
     live, on_chip, leads, spread, scales = False, 0, False, False, False
-    variant = staticmethod(lambda p, entries, rule: ())
+    variant = staticmethod(lambda p, entries, rule, words: ())
 
     def __init__(self, table: Table, state: dict):
         self.table, self.state = table, state
@@ -25,8 +27,8 @@ class ReferenceLaunch:
     def _look(self) -> list:
         names = self.table.rule.entries
         return [
-            (p.shape, p.stride(), p.dtype, p.device, [id(self.state[p].get(name)) for name in names])
-            for p in self.table.params
+            (p.shape, p.stride(), p.dtype, p.device, [id(self.state[p].get(name)) for name in (*names, rest)])
+            for p, rest in zip(self.table.params, self.table.rests, strict=True)
         ]
 
     def read(self) -> bool:
@@ -80,8 +82,12 @@ class ReferenceLaunch:
         return [span for span in spans if self.table.params[span.tensor].grad is not None]
 
     def _weights(self, spans: list[Span]) -> list[torch.Tensor]:
-        """What holds the true weights."""
-        return [(self.true if self.leads else self.table.params)[span.tensor] for span in spans]
+        """The true weights."""
+        return [self.true[span.tensor] if self.leads else self._weight(span.tensor) for span in spans]
+
+    def _weight(self, i: int) -> torch.Tensor:
+        p, rest = self.table.params[i], self.table.rests[i]
+        return join(p, self.state[p][rest], way_of(self.table.words[i], p.dtype)) if rest else p
 
     def _known(self, number: int, spans: list[Span], row: tuple) -> tuple:
         """What the rule's functions take of a layer: states, with the last report among them, and the group's row."""
@@ -110,12 +116,14 @@ class ReferenceLaunch:
 
     def _write(self, updates: list[tuple], count: bool) -> None:
         table, rule = self.table, self.table.rule
+        self._noise = {}
         for number, spans, p, s, report in updates:
-            params = [table.params[span.tensor] for span in spans]
             if count:
-                scatter(spans, p, self._weights(spans))
-            for name in rule.states:
-                scatter(spans, s[name], [self.state[q][name] for q in params])
+                for span, piece in zip(spans, pieces(spans, p), strict=True):
+                    self._store(span, piece)
+            for stream, name in enumerate(rule.states):
+                for span, piece in zip(spans, pieces(spans, s[name]), strict=True):
+                    self._store_state(span, piece, name, stream)
             if rule.scalar:
                 slots = table.layer_slots[number]
                 table.scalars[slots.start : slots.stop] = s[rule.scalar]
@@ -142,6 +150,31 @@ class ReferenceLaunch:
             places = self.predicted or table.params
             scatter(spans, predicted, [places[span.tensor] for span in spans])
 
+    def _store(self, span: Span, x: torch.Tensor) -> None:
+        """Writes weights by their way."""
+        table, i = self.table, span.tensor
+        p = self.true[i] if self.leads else table.params[i]
+        way = way_of(table.words[i], p.dtype)
+        if table.rests[i]:
+            x, rest = split(x, p.dtype, way)
+            place(span, self.state[p][table.rests[i]], rest)
+        elif way:
+            x = self._drawn(span, p, x, 0)
+        place(span, p, x)
+
+    def _store_state(self, span: Span, x: torch.Tensor, name: str, stream: int) -> None:
+        state = self.state[self.table.params[span.tensor]][name]
+        if stream and STATES in self.table.words[span.tensor] and state.dtype == torch.bfloat16:
+            x = self._drawn(span, state, x, stream)
+        place(span, state, x)
+
+    def _drawn(self, span: Span, tensor: torch.Tensor, x: torch.Tensor, stream: int) -> torch.Tensor:
+        table, i = self.table, span.tensor
+        if (i, stream) not in self._noise:
+            noise = noise_of(tensor, table.seeds[i], table.places[i] | stream, int(table.step[i]) + 1)
+            self._noise[i, stream] = noise.reshape(-1)
+        return stochastic(x, tensor.dtype, self._noise[i, stream][span.start : span.start + span.count])
+
 
 def gather(spans: list[Span], tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The elements of one layer, flat, in the computing type."""
@@ -151,11 +184,21 @@ def gather(spans: list[Span], tensors: list[torch.Tensor], dtype: torch.dtype) -
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def pieces(spans: list[Span], flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The elements of one layer, span by span."""
+    return flat.split([span.count for span in spans])
+
+
 def scatter(spans: list[Span], flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     """Writes the elements of one layer back to where they came from."""
-    for span, x, piece in zip(spans, tensors, flat.split([s.count for s in spans]), strict=True):
-        if span.count == x.numel():
-            x.copy_(piece.view(x.shape))
-        else:  # whole rows of dimension 0
-            row = x.numel() // x.shape[0]
-            x[span.start // row : (span.start + span.count) // row].copy_(piece.view(-1, *x.shape[1:]))
+    for span, x, piece in zip(spans, tensors, pieces(spans, flat), strict=True):
+        place(span, x, piece)
+
+
+def place(span: Span, x: torch.Tensor, piece: torch.Tensor) -> None:
+    """Writes the elements of a span."""
+    if span.count == x.numel():
+        x.copy_(piece.view(x.shape))
+    else:  # whole rows of dimension 0
+        row = x.numel() // x.shape[0]
+        x[span.start // row : (span.start + span.count) // row].copy_(piece.view(-1, *x.shape[1:]))

@@ -19,8 +19,8 @@ class SETAdam(Optimizer):
         weight_decay: >= 0.
         tau: share of the least root that is taken off, in [0, 1); the default is [ours].
         decoupled: AdamW's decay instead of coupled L2 [ours].
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`, and the
-            group keys `adapt` and `layer`: see `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

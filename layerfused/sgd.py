@@ -15,8 +15,8 @@ class SGD(Optimizer):
         dampening: of what enters the buffer, any number; the first step is not damped, as in torch.
         weight_decay: coupled L2, >= 0.
         nesterov: step along g + momentum * buf; needs momentum > 0 and dampening 0.
-        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`: see
-            `Optimizer`.
+        common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
+            `precision`, `seed`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

@@ -6,9 +6,11 @@ from copy import deepcopy
 import torch
 
 from .checks import check_group
+from .precision import rest_of, words_of
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")  # keys they keep in groups
 TORCH = ("sgd", "sgd_plain", "adam", "adam_decoupled")  # rules whose state_dicts come from torch.optim, too
+OWN = ("params", "precision")
 KEPT = (*SCHEDULERS, "param_names")
 
 
@@ -37,7 +39,9 @@ def load(optimizer, state_dict: dict) -> None:
         check_origin(theirs, tag)
         for p, index in zip(group["params"], theirs["params"], strict=True):
             saved_state = state_dict["state"].get(index, {})
-            entries[p] = _entries(rule, optimizer.state_names(rule), p, saved_state)
+            rest = rest_of(words_of(group["precision"]), p.dtype)
+            names = (*optimizer.state_names(rule), *([rest] if rest else []))
+            entries[p] = _entries(rule, names, p, saved_state)
     _exchange(optimizer, new_groups, entries)
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
@@ -53,10 +57,20 @@ def check_origin(group: dict, tag: str) -> None:
         raise ValueError(f"the state_dict is of rule {saved or 'unknown'!r}, this optimizer's is {tag!r}")
 
 
+def check_precision(mine: dict, theirs: dict) -> None:
+    """Raises ValueError unless a saved group kept its numbers as ours does."""
+    saved, own = theirs.get("precision"), mine["precision"]
+    if words_of(saved) != words_of(own):
+        raise ValueError(
+            f"the state_dict was saved with precision={saved!r}, this group has {own!r}: give it {saved!r}"
+        )
+
+
 def _merged(optimizer, mine: dict, theirs: dict) -> dict:
     if theirs.get("amsgrad"):
         raise ValueError("the state_dict was saved with amsgrad=True, which has no counterpart here")
-    kept = {key: value for key, value in theirs.items() if (key in mine or key in KEPT) and key != "params"}
+    check_precision(mine, theirs)
+    kept = {key: value for key, value in theirs.items() if (key in mine or key in KEPT) and key not in OWN}
     kept = deepcopy(kept)  # an lr that is a tensor must not be shared with another optimizer
     if isinstance(kept.get("betas"), list):
         kept["betas"] = tuple(kept["betas"])

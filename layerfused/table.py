@@ -7,11 +7,15 @@ import torch
 
 from . import _cpu
 from .plan import LayerSpec, Span, cut_rows
+from .precision import RESTS, STATES, place_of, rest_dtype, rest_of, way_of, words_of
 from .rule import Rule
+from .storing import begin_anew
 
 
-def state_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """States are float32 whatever the parameter's type; float64 parameters keep theirs in float64."""
+def state_dtype(parameter: torch.Tensor, words: Sequence[str] = ()) -> torch.dtype:
+    """States are float32 whatever the parameter's type, unless `precision` says otherwise; float64 keeps float64."""
+    if STATES in words:
+        return torch.bfloat16
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
@@ -40,7 +44,7 @@ class Table:
     Args:
         rule, groups: the rule and the parameter groups.
         members: the parameters, group by group.
-        spans: how a tensor is cut, `spans(number, tensor, layer)`: per layer a list of spans; default `whole_spans`.
+        parts: the `Parts` that say what these tensors are in the optimizer; None: each is whole, and numbered as here.
 
     Attributes:
         members: the parameters, group by group.
@@ -48,14 +52,22 @@ class Table:
         layers: a `LayerSpec` per layer, in the order of the parameters.
         slots: per parameter, its range of slots for the scalars of its layers.
         layer_slots: per layer, its range of slots: one, or with layer="group" one per member, kept alike.
+        words, rests: per parameter, what its group's `precision` says, and the name in `state` of its rest, or None.
+        seeds, places: per parameter, what its noise is drawn by.
         step: float32 [parameters], of which `state["step"]` are views (one addition counts them all).
         scalars: float64 [slots], of which `state[rule.scalar]` are views.
         report: float64 [layers, len(rule.report)], overwritten by every step.
     """
 
-    def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]], spans=None):
-        self.rule, self.groups, self.members, self._spans = rule, groups, members, spans or whole_spans
+    def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]], parts=None):
+        self.rule, self.groups, self.members = rule, groups, members
+        self._spans = parts.spans if parts else whole_spans
         self.params = [p for params in members for p in params]
+        self.words = [words_of(g["precision"]) for g, params in zip(groups, members, strict=True) for _ in params]
+        self.rests = [rest_of(words, p.dtype) for words, p in zip(self.words, self.params, strict=True)]
+        self.seeds = [group["seed"] for group, params in zip(groups, members, strict=True) for _ in params]
+        self._kept = []  # of the parameters with a rest: itself, rest, way, and when they belonged together
+        self.places = [parts.place(p) if parts else place_of(i) for i, p in enumerate(self.params)]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
         for number, (group, params) in enumerate(zip(groups, members, strict=True)):
@@ -93,10 +105,27 @@ class Table:
         for i, p in enumerate(self.params):
             entries = state[p]
             for name in self.rule.states:
-                entries[name] = fitting_state(entries.get(name), p, name)
+                entries[name] = fitting_state(entries.get(name), p, name, self.words[i])
+            for name in {*RESTS.values()} - {*self.rule.entries}:
+                old = entries.pop(name, None)
+                if name == self.rests[i]:
+                    entries[name] = fitting_rest(old, p, name)
+                    self._kept.append([p, entries[name], way_of(self.words[i], p.dtype), None])
             self._pack(entries, "step", self.step[i])
         self.adopt_scalars(state)
         self.check_steps()
+
+    @torch.no_grad()
+    def check_rests(self) -> None:
+        """Makes rests fit again whose parameter somebody else may have written since `note_rests`."""
+        for p, rest, way, seen in self._kept:
+            if seen != (p._version, p.data_ptr()):
+                begin_anew(p, rest, way)
+
+    def note_rests(self) -> None:
+        """Parameters and rests belong together now."""
+        for one in self._kept:
+            one[3] = one[0]._version, one[0].data_ptr()
 
     def adopt_scalars(self, state: dict) -> None:
         """The part of `adopt` that is about layer scalars."""
@@ -137,6 +166,11 @@ class Table:
             sizes.append((p.element_size(), g, *(state[p][n].element_size() if n else 0 for n in names)))
         return sizes
 
+    def rest_bytes(self) -> list[tuple[int, int]]:
+        """Per parameter, the bytes of an element that reading and writing it take beside its own."""
+        costs = {"master": (2, 4), "remainder": (2, 2), "compensation": (2, 2)}  # a master is read alone
+        return [costs.get(name, (0, 0)) for name in self.rests]
+
     def layers_of(self) -> list[list[int]]:
         """Per parameter, the numbers of the layers that it has a part in."""
         numbers = [[] for _ in self.params]
@@ -162,10 +196,10 @@ def whole_spans(number: int, tensor: torch.Tensor, layer) -> list[list[Span]]:
     return [[Span(number, end - size, size)] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
+def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str, words: Sequence[str] = ()) -> torch.Tensor:
     """An elementwise state that lies in memory like its parameter: `old` itself if it does, else a copy, else zeros."""
     if old is None:
-        return untouched_like(p, state_dtype(p)).zero_()
+        return untouched_like(p, state_dtype(p, words)).zero_()
     if old.shape != p.shape:
         raise ValueError(f"state {name!r} has shape {tuple(old.shape)}, its parameter has {tuple(p.shape)}")
     if not old.is_floating_point():
@@ -173,6 +207,22 @@ def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch
     if old.device == p.device and lies_like(old, p):
         return old
     return torch.empty_like(p, dtype=old.dtype, memory_format=torch.preserve_format).copy_(old)
+
+
+def fitting_rest(old: torch.Tensor | None, p: torch.Tensor, name: str) -> torch.Tensor:
+    """As `fitting_state`, of what is kept beside a parameter; a new one says that nothing was lost yet."""
+    dtype = rest_dtype(name, p)
+    if old is None:
+        new = untouched_like(p, dtype)
+        return new.copy_(p.detach()) if name == "master" else new.zero_()
+    if old.shape != p.shape or old.dtype != dtype:
+        raise ValueError(
+            f"state {name!r} is {old.dtype} of shape {tuple(old.shape)}, its parameter of shape {tuple(p.shape)} needs "
+            f"{dtype}"
+        )
+    if old.device == p.device and lies_like(old, p):
+        return old
+    return untouched_like(p, dtype).copy_(old)
 
 
 def untouched_like(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

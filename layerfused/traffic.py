@@ -39,7 +39,7 @@ def traffic(table: Table, state: dict, norm: bool, on_chip: int, leads: bool = F
     needs, total = needs_of(table.rule), {"compulsory": 0, "requested": 0}
     if needs is None:
         return total
-    sizes = table.operand_bytes(state)
+    sizes, rests = table.operand_bytes(state), table.rest_bytes()
     for spec in table.layers:
         masks = sweeps(needs, table.groups[spec.group], spec.stats)
         masks[-1] = masks[-1][0], masks[-1][1] | PREDICTED * leads
@@ -47,8 +47,9 @@ def traffic(table: Table, state: dict, norm: bool, on_chip: int, leads: bool = F
         small = len(spec.spans) == 1 and spec.spans[0].count <= on_chip
         for span in spec.spans:
             again = span.count * sizes[span.tensor][1] * norm
-            total["requested"] += span.count * word_bytes(once if small else masks, sizes[span.tensor]) + again
-            total["compulsory"] += span.count * word_bytes(once, sizes[span.tensor]) + again
+            bytes_of = sizes[span.tensor], rests[span.tensor]
+            total["requested"] += span.count * word_bytes(once if small else masks, *bytes_of) + again
+            total["compulsory"] += span.count * word_bytes(once, *bytes_of) + again
     return total
 
 
@@ -59,7 +60,8 @@ def passes(table: Table, state: dict, masks: list[tuple[int, int]]) -> int:
     return sum(span.count * word_bytes(masks, sizes[span.tensor]) for span in spans)
 
 
-def word_bytes(masks: list[tuple[int, int]], sizes: tuple) -> int:
-    """Bytes that an element costs; a prediction is as large as p."""
+def word_bytes(masks: list[tuple[int, int]], sizes: tuple, rest: tuple[int, int] = (0, 0)) -> int:
+    """Bytes that an element costs, p with its rest; a prediction is as large as p."""
     sizes = (*sizes, sizes[0])
-    return sum(sizes[k] for mask in masks for part in mask for k in OPERANDS if part >> k & 1)
+    beside = sum(rest[k] for mask in masks for k in (0, 1) if mask[k] & P)
+    return beside + sum(sizes[k] for mask in masks for part in mask for k in OPERANDS if part >> k & 1)

@@ -31,7 +31,8 @@ class TritonLaunch(DeviceLaunch):
     def __init__(self, table: Table, state: dict):
         self._form = triton_form(table.rule)
         super().__init__(table, state, self._form.sums + self._form.minima)
-        self._storage = [TYPES[dtype] for dtype in self.variant(table.params[0], self._entries[0], table.rule)]
+        alike = self.variant(table.params[0], self._entries[0], table.rule, table.words[0])
+        self._storage = [TYPES[dtype] for dtype in alike]
         self.on_chip = TILE
         self._mixed = not all(spec.stats for spec in table.layers)
         self._compiled = set()
@@ -40,9 +41,9 @@ class TritonLaunch(DeviceLaunch):
         self._outputs = self._look()
 
     @staticmethod
-    def variant(p: torch.Tensor, entries: dict, rule) -> tuple:
+    def variant(p: torch.Tensor, entries: dict, rule, words: tuple[str, ...]) -> tuple:
         """What must be alike in one launch: the storage types of p, m and v."""
-        states = [entries[name].dtype if name in entries else state_dtype(p) for name in rule.states]
+        states = [entries[name].dtype if name in entries else state_dtype(p, words) for name in rule.states]
         return (p.dtype, *(*states, torch.float32, torch.float32)[:2])
 
     def _make_plan(self) -> None:

@@ -41,8 +41,9 @@ class XGrad(torch.optim.Optimizer):
         optimizer: one of this package, without `differentiable` and, if SGD, with momentum; or torch.optim's SGD (with
             momentum), Adam or AdamW without amsgrad, for which a step takes a dozen launches more and two copies.
         steps: steps ahead, an int >= 1.
-        model: the module whose forward pass is to see fresh predictions. A copy of it, and an unpickled one, is on its
-            own.
+        model: the module whose forward pass is to see fresh predictions: one that is called, so of a LightningModule,
+            whose `training_step()` is called instead, the network inside. A copy of it, and an unpickled one, is on
+            its own.
 
     Memory: one copy of the parameters, made at the first step and no part of `state_dict()`.
 

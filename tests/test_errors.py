@@ -30,9 +30,11 @@ OUT = {  # name -> (values out of range, the range as the message has it)
     "trust_clip": (
         (-1.0, NAN, (2.0, 1.0), (-1.0, 1.0), (NAN, 1.0), (1.0, NAN), (1.0, 2.0, 3.0), "1"), "0 <= lower <= upper"
     ),
+    "precision": (("fp32", ("master", "kahan"), ("master", "master"), 1, ("bf16-states", None)), "'remainder'"),
+    "seed": ((-1, 2**53, 1.0, True, None), "[0, 2**53)"),
 }  # fmt: skip
 FREE = {"betas", "nesterov", "decoupled", "rectify", "lr_in_momentum", "larc", "bias_correction", "grad_averaging",
-        "maximize", "differentiable", "foreach", "fused", "capturable"}  # fmt: skip
+        "maximize", "differentiable", "foreach", "fused", "capturable", "amp_scaling"}  # fmt: skip
 IN_GROUPS_ONLY = ("adapt", "layer")
 
 

@@ -171,7 +171,7 @@ def test_cut_rows(shape, layer):
 def test_layer_maps(layer, sizes):
     """What the table hands to the plan, for parameters of 6x4 and 6x5 elements."""
     params = [torch.nn.Parameter(torch.zeros(6, n)) for n in (4, 5)]
-    table = Table(layerfused.LAMB.rule, [{"layer": layer, "adapt": True}], [params])
+    table = Table(layerfused.LAMB.rule, [{"layer": layer, "adapt": True, "precision": None, "seed": 0}], [params])
     spans = [span for spec in table.layers for span in spec.spans]
     assert [sum(span.count for span in spec.spans) for spec in table.layers] == sizes
     covered = Counter((s.tensor, i) for s in spans for i in range(s.start, s.start + s.count))

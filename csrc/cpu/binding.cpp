@@ -25,12 +25,13 @@ struct Bound {
   std::unique_ptr<Engine> engine;
   std::vector<int64_t> m, v, m_storage, v_storage;
   std::vector<int64_t> p, predicted;  // of true and of predicted weights where it leads, else empty
+  std::vector<int64_t> rest, seeds, places;
 };
 
 std::unique_ptr<Bound> make(const std::string& rule, py::buffer items, py::buffer chunks, py::buffer layers,
                             int64_t tensors) {
   auto engine = std::make_unique<Engine>(rule, rows<Item>(items), rows<Chunk>(chunks), rows<Layer>(layers), tensors);
-  return std::make_unique<Bound>(Bound{std::move(engine), {}, {}, {}, {}, {}, {}});
+  return std::make_unique<Bound>(Bound{std::move(engine), {}, {}, {}, {}, {}, {}, {}, {}, {}});
 }
 
 void set_states(Bound& bound, py::buffer m, py::buffer m_storage, py::buffer v, py::buffer v_storage) {
@@ -41,6 +42,15 @@ void set_states(Bound& bound, py::buffer m, py::buffer m_storage, py::buffer v, 
       throw std::invalid_argument("states need one address and one storage type per tensor");
   bound.engine->m = {bound.m.data(), bound.m_storage.data()};
   bound.engine->v = {bound.v.data(), bound.v_storage.data()};
+}
+
+// Where the rests of the parameters lie that have one, and what noise of a tensor's is drawn by (see philox.h).
+void set_precision(Bound& bound, py::buffer rest, py::buffer seeds, py::buffer places) {
+  bound.rest = rows<int64_t>(rest), bound.seeds = rows<int64_t>(seeds), bound.places = rows<int64_t>(places);
+  for (const auto* column : {&bound.rest, &bound.seeds, &bound.places})
+    if (int64_t(column->size()) != bound.engine->tensors())
+      throw std::invalid_argument("rests, seeds and places need one number per tensor");
+  bound.engine->ways = {bound.rest.data(), bound.seeds.data(), bound.places.data()};
 }
 
 void set_outputs(Bound& bound, int64_t step, int64_t state, int64_t stats, int64_t report, int64_t norm) {
@@ -107,6 +117,7 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<Reader>(module, "Reader")
       .def(py::init<py::list, py::list, py::tuple, int>(), py::arg("parameters"), py::arg("states"), py::arg("names"),
            py::arg("elementwise") = 0)
+      .def("set_ways", &Reader::set_ways)
       .def("read", &Reader::read)
       .def("release", &Reader::release)
       .def("replace_gradient", &Reader::replace_gradient)
@@ -117,6 +128,7 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<Bound>(module, "Engine")
       .def(py::init(&make))
       .def("set_states", &set_states)
+      .def("set_precision", &set_precision)
       .def("set_outputs", &set_outputs)
       .def("lead", &lead)
       .def("run", &run)

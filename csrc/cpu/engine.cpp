@@ -61,7 +61,7 @@ Engine::Engine(const std::string& rule, std::vector<Item> items, std::vector<Chu
 int64_t Engine::workspace_bytes() const {
   return int64_t(items_.size() * sizeof(Item) + chunks_.size() * sizeof(Chunk) +
                  layers_.size() * (sizeof(Layer) + sizeof(Scalars) + sizeof(Arrivals)) +
-                 (partials_.size() + norm_partials_.size() + first_chunk_.size()) * 8 + chunks_.size() + tensors_ * 4 * 8);
+                 (partials_.size() + norm_partials_.size() + first_chunk_.size()) * 8 + chunks_.size() + tensors_ * 7 * 8);
 }
 
 bool Engine::run(unsigned phases, const double* groups, double max_norm, int threads) {
@@ -175,7 +175,8 @@ const Scalars& Engine::start(const Layer& layer, Started& started) const {
 
 template <class Run>
 void Engine::sweep(const Chunk& chunk, Sweep operands, Run&& run) const {
-  Pass pass({&p, &g, &m, &v, &predicted}, chunk, operands);
+  const auto t = uint32_t(time(layers_[chunk.layer]));
+  Pass pass({&p, &g, &m, &v, &predicted}, ways, chunk, operands, t);
   while (pass.left() > 0) {
     run(pass.open(), pass);
     pass.close();

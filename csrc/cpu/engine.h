@@ -26,6 +26,7 @@ class Engine {
          int64_t tensors);
 
   Column p, g, m, v;
+  Ways ways;
   Column predicted;  // where the launch leads: the parameters, p being a copy with the true weights
   float ahead = 0;   // how many steps on is predicted
   Outputs out{};

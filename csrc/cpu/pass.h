@@ -12,16 +12,23 @@ namespace layerfused {
 constexpr int64_t LOOK_AHEAD = 384;  // elements: measured on AdamW from DRAM, 1.16 to 1.04 ns an element on one core
 alignas(64) inline float zeros[TILE] = {};  // what a sweep sees of an operand that it does not read
 
-// Addresses of one operand of all tensors, and their storage types. An address of 0 is an operand that is not there.
+// Addresses of one operand of all tensors, and their storage codes. An address of 0 is an operand that is not there.
 struct Column {
   const int64_t *address = nullptr, *storage = nullptr;
+};
+
+// Of all tensors, what other ways than rounding to nearest need: where the parameters' rests lie, and what noise is
+// drawn by.
+struct Ways {
+  const int64_t *rest = nullptr, *seed = nullptr, *place = nullptr;
 };
 
 // A sweep over a chunk, tile by tile: fp32 operands in place, others through a buffer, those not read as zeros.
 class Pass {
  public:
   static constexpr int OPERANDS = 5;
-  Pass(const Column* const (&columns)[OPERANDS], const Chunk&, Sweep operands);
+  // `t` is the number of the step under way.
+  Pass(const Column* const (&columns)[OPERANDS], const Ways&, const Chunk&, Sweep operands, uint32_t t);
   int64_t left() const { return left_; }
   Stretch open();
   void close();
@@ -30,22 +37,30 @@ class Pass {
 
  private:
   struct Window {
-    char* at;
+    char *at, *rest;
     int64_t storage;
     bool read, written;
+    float* direct() const { return reinterpret_cast<float*>(way_of(storage) == MASTER ? rest : storage == FP32 ? at : nullptr); }
   };
+  void load(int k);
+  void store(int k);
   Window windows_[OPERANDS];
-  int64_t left_, open_ = 0;
+  const Ways& ways_;
+  int64_t tensor_, start_, left_, open_ = 0;
+  uint32_t t_;
   alignas(64) float buffers_[OPERANDS][TILE];  // no page of it is touched unless an operand has 16 bits
 };
 
-inline Pass::Pass(const Column* const (&columns)[OPERANDS], const Chunk& chunk, Sweep operands) : left_(chunk.count) {
+inline Pass::Pass(const Column* const (&columns)[OPERANDS], const Ways& ways, const Chunk& chunk, Sweep operands,
+                  uint32_t t)
+    : ways_(ways), tensor_(chunk.tensor), start_(chunk.start), left_(chunk.count), t_(t) {
   for (unsigned k = 0; k < OPERANDS; ++k) {
     Window& one = windows_[k];
-    one = {nullptr, FP32, (operands.reads >> k & 1) != 0, (operands.writes >> k & 1) != 0};
+    one = {nullptr, nullptr, FP32, (operands.reads >> k & 1) != 0, (operands.writes >> k & 1) != 0};
     if (!one.read && !one.written) continue;
-    one.storage = columns[k]->storage[chunk.tensor];
-    one.at = reinterpret_cast<char*>(columns[k]->address[chunk.tensor]) + chunk.start * size_of(one.storage);
+    one.storage = columns[k]->storage[tensor_];
+    one.at = reinterpret_cast<char*>(columns[k]->address[tensor_]) + start_ * size_of(one.storage);
+    if (has_rest(one.storage)) one.rest = reinterpret_cast<char*>(ways.rest[tensor_]) + start_ * rest_size_of(one.storage);
   }
 }
 
@@ -56,10 +71,10 @@ inline Stretch Pass::open() {
   float *now[OPERANDS], *ahead[OPERANDS];
   for (int k = 0; k < OPERANDS; ++k) {
     const Window& one = windows_[k];
-    const bool direct = one.at && one.storage == FP32;
-    now[k] = direct ? reinterpret_cast<float*>(one.at) : one.at ? buffers_[k] : zeros;
-    ahead[k] = direct ? now[k] + LOOK_AHEAD : zeros;
-    if (one.at && !direct && one.read) to_float(buffers_[k], one.at, one.storage, open_);
+    float* direct = one.at ? one.direct() : nullptr;
+    now[k] = direct ? direct : one.at ? buffers_[k] : zeros;
+    ahead[k] = direct ? direct + LOOK_AHEAD : zeros;
+    if (one.at && !direct && one.read) load(k);
   }
   return {{now[0], now[1], now[2], now[3], now[4]}, {ahead[0], ahead[1], ahead[2], ahead[3], ahead[4]}, open_};
 }
@@ -68,10 +83,28 @@ inline void Pass::close() {
   for (int k = 0; k < OPERANDS; ++k) {
     Window& one = windows_[k];
     if (!one.at) continue;
-    if (one.written && one.storage != FP32) from_float(one.at, buffers_[k], one.storage, open_);
+    if (one.written && one.storage != FP32) store(k);
     one.at += open_ * size_of(one.storage);
+    if (one.rest) one.rest += open_ * rest_size_of(one.storage);
   }
-  left_ -= open_;
+  start_ += open_, left_ -= open_;
+}
+
+inline void Pass::load(int k) {
+  const Window& one = windows_[k];
+  if (one.rest) return join(buffers_[k], one.at, one.rest, one.storage, open_);
+  to_float(buffers_[k], one.at, one.storage, open_);
+}
+
+// Of a master, the copy; it has been written itself.
+inline void Pass::store(int k) {
+  const Window& one = windows_[k];
+  const int64_t way = way_of(one.storage);
+  if (way == NEAREST || way == MASTER)
+    return from_float(one.at, way == MASTER ? one.direct() : buffers_[k], one.storage, open_);
+  if (one.rest) return split(one.at, one.rest, buffers_[k], one.storage, open_);
+  const Noise noise{ways_.seed[tensor_], ways_.place[tensor_], k == 0 ? OF_P : OF_V, t_};
+  from_float_stochastic(one.at, buffers_[k], one.storage, noise, start_, open_);
 }
 
 }  // namespace layerfused

@@ -121,19 +121,38 @@ Reader::Reader(py::list parameters, py::list states, py::tuple names, int elemen
   }
 }
 
-// Whether the engine's entries in a parameter's state are the objects they were, and lie where they lay.
+void Reader::set_ways(std::vector<int64_t> p_ways, std::vector<int64_t> v_ways, py::list rests) {
+  if (p_ways.size() != p.size() || v_ways.size() != p.size() || rests.size() != p.size())
+    throw py::value_error("ways and rests need one value per parameter");
+  rest_names_ = rests, rests_.assign(p.size(), {});
+  for (size_t i = 0; i < p.size(); ++i) {
+    p_storage[i] = type_of(p_storage[i]) | p_ways[i] << 2;
+    if (state(i, 1)) entries_[i * names_.size() + names_.size() - 1].way = v_ways[i];
+    if (rests[i].is_none()) continue;
+    const auto rest = py::reinterpret_borrow<py::object>(states_[i][rests[i]]);
+    dlpack::Tensor view;
+    if (!look(rest.ptr(), view)) throw py::value_error("the rest of parameter " + std::to_string(i) + " has no strides");
+    rests_[i] = {rest, address_of(view), storage_of(view)};
+  }
+}
+
+// Whether an entry of a state is the object it was, and lies where it lay.
+bool Reader::keeps(const Entry& known, PyObject* state, PyObject* name, bool elementwise) {
+  PyObject* entry = PyDict_GetItemWithError(state, name);
+  dlpack::Tensor view;
+  if (entry != known.tensor.ptr()) return false;
+  return !elementwise || (look(entry, view) && address_of(view) == known.address && storage_of(view) == known.storage);
+}
+
 bool Reader::keeps_states(size_t i) const {
   const Py_ssize_t names = PyTuple_GET_SIZE(names_.ptr());
   PyObject* state = PyList_GET_ITEM(states_.ptr(), Py_ssize_t(i));
-  for (Py_ssize_t k = 0; k < names; ++k) {
-    PyObject* entry = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(names_.ptr(), k));
-    const Entry& known = entries_[i * size_t(names) + size_t(k)];
-    dlpack::Tensor view;
-    if (entry != known.tensor.ptr()) return false;
-    if (k < names - elementwise_) continue;
-    if (!look(entry, view) || address_of(view) != known.address || storage_of(view) != known.storage) return false;
-  }
-  return true;
+  for (Py_ssize_t k = 0; k < names; ++k)
+    if (!keeps(entries_[i * size_t(names) + size_t(k)], state, PyTuple_GET_ITEM(names_.ptr(), k),
+               k >= names - elementwise_))
+      return false;
+  PyObject* rest = rests_.empty() ? Py_None : PyList_GET_ITEM(rest_names_.ptr(), Py_ssize_t(i));
+  return rest == Py_None || keeps(rests_[i], state, rest, true);
 }
 
 py::tuple Reader::read() {
@@ -145,7 +164,7 @@ py::tuple Reader::read() {
   gradients_.assign(expected_.size(), py::none());
   for (size_t i = 0; i < expected_.size(); ++i) {
     PyObject* parameter = PyList_GET_ITEM(parameters_.ptr(), Py_ssize_t(i));
-    const bool kept = look(parameter, view) && storage_of(view) == p_storage[i] && lies_like(view, expected_[i]);
+    const bool kept = look(parameter, view) && storage_of(view) == type_of(p_storage[i]) && lies_like(view, expected_[i]);
     if (!kept || !has_memory(view) || !keeps_states(i)) changed.append(i);
     moved |= p[i] != address_of(view);
     p[i] = address_of(view);
@@ -168,7 +187,7 @@ py::tuple Reader::read() {
 }
 
 int64_t Reader::workspace_bytes() const {
-  int64_t bytes = int64_t(p.size() * 4 * 8 + entries_.size() * sizeof(Entry));
+  int64_t bytes = int64_t(p.size() * 4 * 8 + (entries_.size() + rests_.size()) * sizeof(Entry));
   for (const Layout& one : expected_) bytes += int64_t(sizeof(Layout) + one.shape.size() * 16);
   return bytes;
 }
@@ -216,7 +235,8 @@ void Reader::types(py::buffer rows) const {
   int64_t* row = rows_of(info, p.size());
   for (size_t i = 0; i < p.size(); ++i) {
     row[i] = p_storage[i] | g_storage[i] << 8;
-    for (size_t k = 0; k < 2; ++k) row[i] |= (state(i, k) ? state(i, k)->storage : 0) << (16 + 8 * k);
+    for (size_t k = 0; k < 2; ++k)
+      if (const Entry* one = state(i, k)) row[i] |= (one->storage | one->way << 2) << (16 + 8 * k);
   }
 }
 

@@ -30,21 +30,26 @@ class Reader {
   // how many parameters have no gradient, and which storage types the others' gradients have, a bit for each.
   pybind11::tuple read();
 
+  // The ways (csrc/storage.h) of each parameter and of its v, and under which name its state holds the parameter's
+  // rest, None where there is none.
+  void set_ways(std::vector<int64_t> p, std::vector<int64_t> v, pybind11::list rests);
+
   int64_t workspace_bytes() const;
   void release();  // lets go of the gradients: until then they cannot be freed under the engine
   void replace_gradient(size_t index, int64_t address, int64_t storage);
   void addresses(pybind11::buffer rows) const;  // writes p, g, m, v of each tensor, 0 for a state that is not there
-  void types(pybind11::buffer rows) const;      // writes their storage types, a byte each, into one number a tensor
+  void types(pybind11::buffer rows) const;      // writes their storage codes, a byte each, into one number a tensor
   std::vector<int64_t> p, g, p_storage, g_storage;
 
  private:
-  bool keeps_states(size_t i) const;
+  bool keeps_states(size_t i) const;  // of the engine's entries in a parameter's state
   bool is_plain(size_t i, PyObject* gradient, int64_t address);
 
   struct Entry {
     pybind11::object tensor;  // held, so that no other can take its place unseen
-    int64_t address, storage;
+    int64_t address, storage, way = 0;
   };
+  static bool keeps(const Entry& known, PyObject* state, PyObject* name, bool elementwise);
 
   const Entry* state(size_t i, size_t k) const;  // m or v; nullptr if the rule has none
 
@@ -53,6 +58,8 @@ class Reader {
   std::vector<Layout> expected_;
   int elementwise_;
   std::vector<Entry> entries_;
+  pybind11::list rest_names_;
+  std::vector<Entry> rests_;  // empty, or as many as parameters
   std::vector<pybind11::object> gradients_;
   std::vector<std::pair<PyObject*, int64_t>> plain_;  // gradients, and their addresses, known not to be negated
 };

@@ -42,7 +42,7 @@ std::vector<const Kernels*>& rules() {
 Engine::Engine(const std::string& rule, const std::vector<Item>& items, const std::vector<Chunk>& chunks,
                const std::vector<Layer>& layers, int64_t tensors, int64_t groups)
     : kernels_(find(rule)), members_(layers.size()),
-      words_{tensors, int64_t(layers.size()), ROWS + groups * (1 + kernels_.hyper)} {
+      words_{tensors, int64_t(layers.size()), ROWS + groups * (1 + kernels_.hyper), 0} {
   narrow(int64_t(chunks.size()) * 4, "chunks");
   for (const Item& item : items) {
     const bool whole = item.kind == Kind::whole;  // the index is the layer's, which has one chunk
@@ -61,8 +61,21 @@ Engine::Engine(const std::string& rule, const std::vector<Item>& items, const st
   }
   count_ = narrow(int64_t(items_.size()), "items");
   counters_ = narrow(ARRIVED + 2 * words_.layers, "layers");
+  make_words();
+}
+
+void Engine::make_words() {
   now_.resize(words_.size()), known_.resize(words_.size());
-  bind(0, 0, nullptr);
+  bind(0, 0, nullptr);  // for the size of the workspace
+}
+
+void Engine::set_precision(const int64_t* rests, const int64_t* seeds, const int64_t* places) {
+  words_.ways = 1;
+  make_words();
+  for (int64_t i = 0; i < words_.tensors; ++i) {
+    now_[words_.rest(i)] = rests[i];
+    now_[words_.noise_seed(i)] = seeds[i], now_[words_.noise_place(i)] = places[i];
+  }
 }
 
 template <class T>
