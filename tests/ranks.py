@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from functools import cache
 from multiprocessing import forkserver
@@ -105,6 +106,7 @@ def run(function, world: int, *args, timeout: float = 60) -> list:
 def work(rank: int, world: int, folder: str, function, args: tuple) -> None:
     """One rank."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # they would bury the reason of a failure
     with open(f"{folder}/{rank}.txt", "w") as story:
         faulthandler.register(signal.SIGUSR1, file=story)
         try:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conduct import EACH
 from ranks import run
+from sharded_nets import Net, built, descend, joint, on_batch, sharded
 from sharding import assert_whole, make, mesh, ranks_agree, told
-from torch import nn
 
 import layerfused as lf
 
@@ -22,68 +22,9 @@ WAYS = {"fsdp": BY_NAME, "tp-fsdp": BY_NAME, "hsdp": FEW, "tp": FEW}  # the rule
 CLIPPED = ("fsdp", "tp-fsdp")
 
 
-class Net(nn.Module):
-    """Over four ranks some rows of every tensor are uneven, and of `down` and `norm` one rank has none."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 10), nn.Linear(10, 5)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(self.norm(x))))
-
-
-def batch(t):
-    random = torch.Generator().manual_seed(t)
-    return torch.randn(8, 4, 6, generator=random), torch.randn(8, 4, 5, generator=random)
-
-
-def parallel(net):
-    """Tensor and sequence parallel, as one does: what `norm` and the bias of `down` get are sums still to be taken."""
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor import parallel as tp
-
-    plan = {
-        "norm": tp.SequenceParallel(),
-        "up": tp.ColwiseParallel(input_layouts=Shard(1)),
-        "down": tp.RowwiseParallel(output_layouts=Shard(1)),
-    }
-    return tp.parallelize_module(net, mesh(2, 2)["inner"], plan)
-
-
-def sharded(net, over, dtype=torch.float64, **more):
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
-    for module in (net.norm, net.up, net.down, net):
-        fully_shard(module, mesh=over, mp_policy=policy, **more)
-    return net
-
-
-def built(way):
-    """The model, laid over ranks, and what of a batch it gets here: (slices of samples and of the sequence)."""
-    net, world, rank = Net(), torch.distributed.get_world_size(), torch.distributed.get_rank()
-    part = slice(rank, None, world)
-    if way in ("fsdp", "hsdp"):
-        return sharded(net, mesh(world) if way == "fsdp" else mesh(2, 2)), (part, slice(None))
-    outer, inner = mesh(2, 2).get_coordinate()
-    net, sequence = parallel(net), slice(2 * inner, 2 * inner + 2)
-    if way == "tp":
-        return net, (slice(None), sequence)
-    return sharded(net, mesh(2, 2)["outer"]), (slice(outer, None, 2), sequence)
-
-
-def loss_of(output, y, count):
-    return (output - y).square().sum() / count
-
-
 def trained(net, name, clip, backward):
     opt = make(BY_NAME[name], lf.param_groups(net), max_grad_norm=0.1 if clip else None)
-    for t in range(STEPS):
-        opt.zero_grad()
-        backward(net, *batch(t))
-        opt.step()
+    descend(opt, backward, range(STEPS))
     return told(opt, list(net.parameters()))
 
 
@@ -91,12 +32,7 @@ def on_ranks(ways):
     found = {}
     for way in ways:
         net, part = built(way)
-        dtype = torch.float32 if way == "tp" else torch.float64
-
-        def backward(net, x, y, part=part, dtype=dtype):
-            x, y = x[part].to(dtype), y[part].to(dtype)
-            loss_of(net(x), y, 5 * 4 * len(x)).backward()
-
+        backward = on_batch(net, part, torch.float32 if way == "tp" else torch.float64)
         start = [p.to_local().clone() for p in net.parameters()]
         for name in WAYS[way]:
             with torch.no_grad():
@@ -106,15 +42,10 @@ def on_ranks(ways):
     return found
 
 
-def joint(net, x, y):
-    """The backward pass of one process over the whole batch, in double."""
-    params = {name: p.double() for name, p in net.named_parameters()}
-    loss_of(torch.func.functional_call(net, params, (x.double(),)), y.double(), y.numel()).backward()
-
-
 @cache
 def alone(name, clip):
-    return trained(Net(), name, clip, joint)
+    net = Net()
+    return trained(net, name, clip, joint(net))
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +86,10 @@ def with_plain_parameters():
     net, rank = freeze(Net()), torch.distributed.get_rank()
     theirs = set(net.down.parameters())
     sharded(net, mesh(4), torch.float32, ignored_params=theirs)
+    own = on_batch(net, slice(rank, None, 4), torch.float32)
 
-    def backward(net, x, y):
-        x, y = x[rank::4], y[rank::4]
-        loss_of(net(x), y, y.numel()).backward()
+    def backward(t):
+        own(t)
         for p in theirs:
             torch.distributed.all_reduce(p.grad)
             p.grad /= 4
@@ -168,7 +99,7 @@ def with_plain_parameters():
 
 def test_plain_and_frozen_parameters():
     """A plain parameter's gradient counts once in the norm, not once a rank."""
-    found = run(with_plain_parameters, 4)
+    found, net = run(with_plain_parameters, 4), freeze(Net())
     assert found[0][1] == [True, True, True, True, False, False]
     ranks_agree([answer for answer, _ in found])
-    assert_whole(found[0][0], trained(freeze(Net()), "lamb", True, joint), list(Net().parameters()), 1e-5)
+    assert_whole(found[0][0], trained(net, "lamb", True, joint(net)), list(Net().parameters()), 1e-5)
