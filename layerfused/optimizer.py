@@ -6,7 +6,7 @@ from operator import itemgetter
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import state_dicts
+from . import compiled, state_dicts
 from ._cpu import same
 from .backends import engines_of, launch_of
 from .checks import RANGES, check_group, check_range
@@ -66,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
-        self._launches, self._tables, self._lead = None, [], None
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
         super().__init__(params, {**defaults, **common})
         self.defaults["max_grad_norm"] = max_grad_norm
         self._build()
@@ -197,7 +197,7 @@ class Optimizer(torch.optim.Optimizer):
     # The step
 
     def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
-        """Takes one step.
+        """Takes one step. In code under torch.compile it is one operator, which looks up all numbers when it runs.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -214,6 +214,13 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            compiled.step(self, grad_norm)
+        else:
+            self._step(grad_norm)
+        return loss
+
+    def _step(self, grad_norm: torch.Tensor | float | None) -> None:
         launches = self._read()
         rows = [self._rows(launch) for launch in launches]
         max_norm = self.defaults["max_grad_norm"] or 0.0
@@ -229,7 +236,6 @@ class Optimizer(torch.optim.Optimizer):
                 if launch.run(phases, own, max_norm, skipped):
                     torch.autograd.graph.increment_version(launch.written())
                 skipped = None
-        return loss
 
     def _read(self) -> list:
         """Launches that have read and checked every address."""
@@ -348,4 +354,5 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._launches, self._tables, self._lead = None, [], None
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
