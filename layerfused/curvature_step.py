@@ -7,6 +7,7 @@ import torch
 
 from . import products
 from .backends import launch_of
+from .compiled import outside_of_graphs
 from .forms import needs_of
 from .leading import Lead
 from .optimizer import Optimizer
@@ -91,6 +92,7 @@ class Curvature(Optimizer):
 
     # The step
 
+    @outside_of_graphs
     def step(self, closure: Callable | Sequence[Callable]):
         """Takes one step.
 

@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import state_dicts
+from . import compiled, state_dicts
 from ._cpu import same
 from .backends import engines_of, launch_of
 from .checks import RANGES, check_group, check_range
@@ -97,7 +97,8 @@ class Optimizer(torch.optim.Optimizer):
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
         if norm_group is not None and max_grad_norm is None:
             raise ValueError("norm_group needs max_grad_norm: there is no norm to sum")
-        self._launches, self._tables, self._lead, self.norm_group = None, [], None, norm_group
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
+        self.norm_group = norm_group
         super().__init__(params, {**defaults, **common})
         self.defaults |= {"max_grad_norm": max_grad_norm, "amp_scaling": amp_scaling}
         self._build(agree=True)
@@ -303,7 +304,7 @@ class Optimizer(torch.optim.Optimizer):
     # The step
 
     def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
-        """Takes one step.
+        """Takes one step. In code under torch.compile it is one operator, which looks up all numbers when it runs.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -320,6 +321,13 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            compiled.step(self, grad_norm)
+        else:
+            self._step(grad_norm)
+        return loss
+
+    def _step(self, grad_norm: torch.Tensor | float | None) -> None:
         launches = self._read()
         rows, scaling = [self._rows(launch) for launch in launches], scaling_of(self)
         if scaling:
@@ -346,7 +354,6 @@ class Optimizer(torch.optim.Optimizer):
         if scaling:
             Scaling(None, None).give(launches)
         self._parts.release()
-        return loss
 
     def _warn_of_skip(self) -> None:
         """Once, and where the host knows without waiting for a device."""
@@ -355,7 +362,7 @@ class Optimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"the gradient norm is {float(self.grad_norm)}: this step changed nothing. Such steps are counted in "
                 "skipped_steps; this warning is not repeated",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _exchange(self, work: list[tuple]) -> None:
@@ -541,4 +548,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._launches, self._tables, self._lead, self.norm_group = None, [], None, None
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
+        self.norm_group = None
