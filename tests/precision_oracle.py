@@ -102,5 +102,5 @@ def joined(word, p, rest):
         return p.float() + rest.float()
     if word == "remainder":
         bits = (int32(p.float()) + rest.long().numpy()) % 2**32
-        return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+        return torch.from_numpy(np.atleast_1d(bits).astype(np.uint32).view(np.float32)).view(p.shape)
     return p.float()
