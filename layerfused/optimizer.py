@@ -1,7 +1,5 @@
 """The base of every optimizer here: a torch.optim.Optimizer whose step is one launch per device and variant."""
 
-import math
-import warnings
 from collections import defaultdict
 from operator import itemgetter
 
@@ -12,7 +10,7 @@ from . import compiled, state_dicts
 from ._cpu import same
 from .backends import engines_of, launch_of
 from .checks import RANGES, check_group, check_range
-from .exchange import Exchange, agree, group_device, summed
+from .exchange import Exchange, agree
 from .parts import Parts, is_spread
 from .plan import Phase
 from .precision import check_parameter, rest_of, words_of
@@ -20,7 +18,8 @@ from .release import Release, check
 from .reports import by_name, names_of
 from .rows import Rows
 from .rule import Rule
-from .scaling import Scaling, scaling_of
+from .scaling import scaling_of
+from .step import Step
 from .table import Table, check_overlap
 from .traffic import traffic
 
@@ -328,51 +327,12 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, grad_norm: torch.Tensor | float | None) -> None:
-        launches = self._read()
-        rows, scaling = [self._rows(launch) for launch in launches], scaling_of(self)
-        if scaling:
-            rows = [scaling.undone(own, launch) for launch, own in zip(launches, rows, strict=True)]
-            scaling.give(launches)
-        max_norm = self.defaults["max_grad_norm"] or 0.0
+        launches, max_norm = self._read(), self.defaults["max_grad_norm"] or 0.0
         if max_norm:
             check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
-        phases = self._norm_phase(launches, rows, max_norm, grad_norm, scaling)
-        work = [(one, own, self._bound(one, max_norm, scaling)) for one, own in zip(launches, rows, strict=True)]
-        if len(work) > 1:
-            for launch, *given in work:
-                launch.prepare(phases, *given)
-        self._exchange(work)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            skipped = self.skipped_steps  # all launches skip together, and the first counts it
-            for launch, *given in work:
-                if launch.run(phases & ~Phase.REDUCE if launch.spread else phases, *given, skipped):
-                    torch.autograd.graph.increment_version(self._parts.versions(launch.written()))
-                elif not scaling:
-                    self._warn_of_skip()
-                launch.table.note_rests()
-                skipped = None
-        if scaling:
-            Scaling(None, None).give(launches)
+            Step(self, launches, max_norm, scaling_of(self)).take(grad_norm)
         self._parts.release()
-
-    def _warn_of_skip(self) -> None:
-        """Once, and where the host knows without waiting for a device."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the gradient norm is {float(self.grad_norm)}: this step changed nothing. Such steps are counted in "
-                "skipped_steps; this warning is not repeated",
-                stacklevel=5,
-            )
-
-    def _exchange(self, work: list[tuple]) -> None:
-        """Takes the stats of layers that are spread over ranks, of what lies here and then of all."""
-        given = {id(launch): rest for launch, *rest in work}
-        for exchange in self._exchanges:
-            if exchange.size:
-                for launch in exchange.launches:
-                    launch.run(Phase.REDUCE, *given[id(launch)])
-                exchange.run()
 
     def _read(self) -> list:
         """Launches that have read and checked every address."""
@@ -407,55 +367,6 @@ class Optimizer(torch.optim.Optimizer):
             table = launch.table
             self._rows_of[launch] = Rows(table, table.step.device if launch.live else None)
         return self._rows_of[launch].read(self)
-
-    @staticmethod
-    def _bound(launch, max_norm: float, scaling: Scaling | None) -> float:
-        """What a launch clips to: with a bound of infinity it looks at its norm for the step's sake alone."""
-        return max_norm or (math.inf if scaling and not launch.scales else 0.0)
-
-    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None = None) -> int:
-        """The phases left to run, with every launch's norm in place."""
-        natively = scaling is None or all(launch.scales for launch in launches)
-        if given is not None:
-            if not max_norm:
-                raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
-            if torch.as_tensor(given).numel() != 1:
-                raise ValueError(f"grad_norm must have one element, got shape {tuple(torch.as_tensor(given).shape)}")
-            if (not isinstance(given, torch.Tensor) or given.device.type == "cpu") and float(given) < 0:
-                raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
-            self.grad_norm.copy_(torch.as_tensor(given).reshape(()), non_blocking=True)
-        elif not max_norm:
-            if natively:
-                return Phase.STEP & ~Phase.NORM
-            self.grad_norm.zero_()
-        elif natively and self._is_one(launches):
-            return Phase.STEP
-        else:
-            for launch, own in zip(launches, rows, strict=True):
-                launch.run(Phase.NORM, own, max_norm)
-                if scaling and scaling.scale is not None and not launch.scales:
-                    launch.norm.div_(scaling.on(launch.norm.device).scale)
-            self.grad_norm.copy_(self._total_norm(launches))
-        for launch in launches:
-            if launch.norm is not self.grad_norm:
-                launch.norm.copy_(self.grad_norm)
-            if scaling:
-                scaling.settle(launch)
-        return Phase.STEP & ~Phase.NORM
-
-    def _is_one(self, launches: list) -> bool:
-        """Whether one launch finds the whole norm by itself."""
-        return len(self._launches) == len(launches) == 1 and not self._exchanges and self.norm_group is None
-
-    def _total_norm(self, launches: list) -> torch.Tensor:
-        """The norm of all gradients, wherever they lie, from each launch's own."""
-        device = self.grad_norm.device
-        squares = [launch.norm.to(device) ** 2 for launch in launches if not launch.spread]
-        squares += [exchange.squared_norm().to(device) for exchange in self._exchanges]
-        total = sum(squares, torch.zeros((), dtype=torch.float64, device=device))
-        if self.norm_group is not None:
-            total = summed(total.reshape(1).to(group_device(self.norm_group)), self.norm_group)[0].to(device)
-        return total.sqrt()
 
     def release_gradients(self) -> Release:
         """Steps each parameter inside of `backward()`, as soon as its gradient is there, and lets that go.
