@@ -1,6 +1,5 @@
 """The base of every optimizer here: a torch.optim.Optimizer whose step is one launch per device and variant."""
 
-from collections import defaultdict
 from operator import itemgetter
 
 import torch
@@ -8,14 +7,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import compiled, state_dicts
 from ._cpu import same
-from .backends import engines_of, launch_of
+from .backends import launch_of
+from .build import exchanges, find_parts, members
 from .checks import RANGES, check_group, check_range
-from .exchange import Exchange, agree
-from .parts import Parts, is_spread
+from .parts import is_spread
 from .plan import Phase
-from .precision import check_parameter, rest_of, words_of
 from .release import Release, check
-from .reports import by_name, names_of
+from .reports import by_name
 from .rows import Rows
 from .rule import Rule
 from .scaling import scaling_of
@@ -172,12 +170,12 @@ class Optimizer(torch.optim.Optimizer):
             check(self)
         reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
-        self._parts = parts = self._find_parts(agree)
+        self._parts = parts = find_parts(self, agree)
         check_overlap([parts.here(p) for p in self._params])
         entries = {p: dict(self.state.get(p, {})) for p in self._params}
         taken = parts.taken(entries)
         tables = []
-        for (engine, _, rule, _, share, _), lists in self._members(taken).items():
+        for (engine, _, rule, _, share, _), lists in members(self, taken).items():
             groups = [self.param_groups[number] for number in lists]
             table = Table(rule, groups, list(lists.values()), parts)
             table.adopt(taken)
@@ -189,7 +187,7 @@ class Optimizer(torch.optim.Optimizer):
         self._states = {parts.here(p): taken[parts.here(p)] if p in parts.of else own for p, own in self.state.items()}
         self._tables = [table for *_, table in tables]
         self._launches = [launch_of(engine)(table, self._states) for engine, _, table in tables]
-        self._exchanges = self._make_exchanges([share for _, share, _ in tables])
+        self._exchanges = exchanges(parts, zip(self._launches, (share for _, share, _ in tables), strict=True))
         if self._lead:
             self._lead.guide(self._launches)
         self._entries, self._structure = list(self.state.values()), self._look()
@@ -203,69 +201,6 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         if self._released:
             self._released.follow()
-
-    def _find_parts(self, compare: bool) -> Parts:
-        """What lies here of parameters that are spread over ranks."""
-        parts = Parts(self._params, names_of(self.param_groups))
-        for group in self.param_groups if parts.of else ():
-            rule = self.rule_of(group)
-            for p in group["params"]:
-                if p in parts.of:
-                    parts.of[p].states = (*rule.states, rest_of(words_of(group["precision"]), p.dtype))
-                    parts.of[p].layers = f"rule {rule.name}, layer={group['layer']!r}, adapt={group['adapt']}"
-        for mesh in parts.meshes if compare else ():
-            agree(mesh, parts.told(mesh))
-        return parts
-
-    def _members(self, taken: dict) -> dict:
-        """Of each launch, told apart by what has to be alike in it, a group's number -> its parameters there."""
-        members = defaultdict(dict)
-        for number, group in enumerate(self.param_groups):
-            rule = self.rule_of(group)
-            if rule.needs_adapt and not group["adapt"]:
-                raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
-            words, params = self._words(group), [self._parts.here(p) for p in group["params"]]
-            for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
-                param = self._parts.param(p)
-                share = self._parts.share(param)
-                if share and engine == "reference" and rule.layerwise:
-                    raise ValueError(
-                        f"parameter {self._parts.of[param].name} of {p.dtype} is spread over ranks, and the reference "
-                        "engine takes whole layers only: use float32, bfloat16 or float16 and backend='auto'"
-                    )
-                variant = launch_of(engine).variant(p, taken[p], rule, words)
-                alone = id(p) if self._released else None
-                members[engine, p.device, rule, variant, share, alone].setdefault(number, []).append(p)
-            apart = sum(number in lists for lists in members.values()) > 1 or self._parts.differ(group["params"])
-            if group["layer"] == "group" and rule.layerwise and apart:
-                raise ValueError(
-                    "layer='group' needs states of one type on this engine: load them alike, or cast them; and tensors "
-                    "that are spread over ranks alike: give others a group of their own"
-                )
-        return members
-
-    def _make_exchanges(self, shares: list) -> list[Exchange]:
-        """What is to be exchanged over each mesh."""
-        found = []
-        for mesh, dims in self._parts.meshes.items():
-            pairs = zip(self._launches, shares, strict=True)
-            own = [(launch, share[1]) for launch, share in pairs if share and share[0] == mesh]
-            for launch, _ in own:
-                launch.spread = True
-            if dims:
-                found.append(Exchange(mesh, dims, own, self._parts.numbers))
-        return found
-
-    def _words(self, group: dict) -> tuple[str, ...]:
-        """The words of a group's `precision`, fit for its parameters."""
-        words = words_of(group["precision"])
-        if words and (self._lead or not self.takes_precision or group["differentiable"]):
-            what = "XGrad" if self._lead else type(self).__name__
-            what = "differentiable=True" if group["differentiable"] else what
-            raise ValueError(f"{what} needs precision=None, got {group['precision']!r}")
-        for p in group["params"]:
-            check_parameter(words, p)
-        return words
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
