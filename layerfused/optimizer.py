@@ -36,7 +36,10 @@ class Optimizer(torch.optim.Optimizer):
         max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
-        foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        foreach, fused: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        capturable: taken for tools that pass it, and changes nothing: steps of the CUDA and Triton engines can be
+            captured in a CUDA graph with either value. A number that is a tensor on the device is read there by every
+            replay, so fill it, and do not exchange it; a plain one stays what it was in the capture.
 
     Raises:
         ValueError, TypeError: for a hyper-parameter out of range, parameters that overlap in memory or occur twice,
