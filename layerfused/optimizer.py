@@ -46,7 +46,10 @@ class Optimizer(torch.optim.Optimizer):
         norm_group: the process group over which that norm is summed, where each rank holds parameters of its own
             (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
-        foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        foreach, fused: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        capturable: taken for tools that pass it, and changes nothing: steps of the CUDA and Triton engines can be
+            captured in a CUDA graph with either value. A number that is a tensor on the device is read there by every
+            replay, so fill it, and do not exchange it; a plain one stays what it was in the capture.
         precision: how 16-bit parameters keep what their type cannot hold, a word or None (rounded to nearest; states in
             float32), and a group's key: "master" (steps are taken on float32 weights, `state["master"]`, of which the
             parameter is the rounded copy), "remainder" (bfloat16: the same numbers as "master", of which
