@@ -28,6 +28,8 @@ class Given(NamedTuple):
     row: tl.tensor  # float64: max_norm, ahead, then per group the gradient's sign and the hyper-parameters
     place: tl.tensor  # int64, as row: where on the device a value lives; 0: it is in the row; odd: it is float64
     predicted: tl.tensor  # int64 [tensors]: addresses of predicted weights; empty where there are none
+    rest: tl.tensor  # int64 [tensors]: addresses of the parameters' other halves; empty where they have none
+    noise: tl.tensor  # int64 [tensors, 2]: seed and place of its random numbers; empty where nothing is left to chance
 
 
 class Kept(NamedTuple):

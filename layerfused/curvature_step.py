@@ -7,11 +7,13 @@ import torch
 
 from . import products
 from .backends import launch_of
+from .compiled import outside_of_graphs
 from .forms import needs_of
 from .leading import Lead
 from .optimizer import Optimizer
 from .plan import Phase
 from .rule import Rule
+from .step import Step
 from .table import Table
 from .traffic import G, P, passes, predicting, traffic
 
@@ -91,6 +93,7 @@ class Curvature(Optimizer):
 
     # The step
 
+    @outside_of_graphs
     def step(self, closure: Callable | Sequence[Callable]):
         """Takes one step.
 
@@ -147,11 +150,11 @@ class Curvature(Optimizer):
     @torch.no_grad()
     def _take(self, way, launches: list) -> None:
         seconds = [self._seconds[self._launches.index(launch)] for launch in launches]
-        rows = [self._rows(launch) for launch in launches]
+        step = Step(self, launches, math.inf)
         if way.moves:
             self._hold()
-        phases = self._norm_phase(launches, rows, math.inf, None)
-        for launch, own in zip(launches, rows, strict=True):
+        phases = step.find_norm()
+        for launch, own in zip(launches, step.rows, strict=True):
             # a gradient that is not finite makes all launches of this step change nothing
             launch.run(phases & ~Phase.APPLY, own, math.inf)
         self._base = way.base

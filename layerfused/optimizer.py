@@ -1,26 +1,23 @@
 """The base of every optimizer here: a torch.optim.Optimizer whose step is one launch per device and variant."""
 
-import math
-import warnings
-from collections import defaultdict
 from operator import itemgetter
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import state_dicts
+from . import compiled, state_dicts
 from ._cpu import same
-from .backends import engines_of, launch_of
+from .backends import launch_of
+from .build import exchanges, find_parts, members
 from .checks import RANGES, check_group, check_range
-from .exchange import Exchange, agree, group_device, summed
-from .parts import Parts, is_spread
+from .parts import is_spread
 from .plan import Phase
-from .precision import check_parameter, rest_of, words_of
 from .release import Release, check
-from .reports import by_name, names_of
+from .reports import by_name
 from .rows import Rows
 from .rule import Rule
-from .scaling import Scaling, scaling_of
+from .scaling import scaling_of
+from .step import Step
 from .table import Table, check_overlap
 from .traffic import traffic
 
@@ -49,7 +46,10 @@ class Optimizer(torch.optim.Optimizer):
         norm_group: the process group over which that norm is summed, where each rank holds parameters of its own
             (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
-        foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        foreach, fused: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        capturable: taken for tools that pass it, and changes nothing: steps of the CUDA and Triton engines can be
+            captured in a CUDA graph with either value. A number that is a tensor on the device is read there by every
+            replay, so fill it, and do not exchange it; a plain one stays what it was in the capture.
         precision: how 16-bit parameters keep what their type cannot hold, a word or None (rounded to nearest; states in
             float32), and a group's key: "master" (steps are taken on float32 weights, `state["master"]`, of which the
             parameter is the rounded copy), "remainder" (bfloat16: the same numbers as "master", of which
@@ -97,7 +97,8 @@ class Optimizer(torch.optim.Optimizer):
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
         if norm_group is not None and max_grad_norm is None:
             raise ValueError("norm_group needs max_grad_norm: there is no norm to sum")
-        self._launches, self._tables, self._lead, self.norm_group = None, [], None, norm_group
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
+        self.norm_group = norm_group
         super().__init__(params, {**defaults, **common})
         self.defaults |= {"max_grad_norm": max_grad_norm, "amp_scaling": amp_scaling}
         self._build(agree=True)
@@ -172,12 +173,12 @@ class Optimizer(torch.optim.Optimizer):
             check(self)
         reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
-        self._parts = parts = self._find_parts(agree)
+        self._parts = parts = find_parts(self, agree)
         check_overlap([parts.here(p) for p in self._params])
         entries = {p: dict(self.state.get(p, {})) for p in self._params}
         taken = parts.taken(entries)
         tables = []
-        for (engine, _, rule, _, share, _), lists in self._members(taken).items():
+        for (engine, _, rule, _, share, _), lists in members(self, taken).items():
             groups = [self.param_groups[number] for number in lists]
             table = Table(rule, groups, list(lists.values()), parts)
             table.adopt(taken)
@@ -189,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         self._states = {parts.here(p): taken[parts.here(p)] if p in parts.of else own for p, own in self.state.items()}
         self._tables = [table for *_, table in tables]
         self._launches = [launch_of(engine)(table, self._states) for engine, _, table in tables]
-        self._exchanges = self._make_exchanges([share for _, share, _ in tables])
+        self._exchanges = exchanges(parts, zip(self._launches, (share for _, share, _ in tables), strict=True))
         if self._lead:
             self._lead.guide(self._launches)
         self._entries, self._structure = list(self.state.values()), self._look()
@@ -203,69 +204,6 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         if self._released:
             self._released.follow()
-
-    def _find_parts(self, compare: bool) -> Parts:
-        """What lies here of parameters that are spread over ranks."""
-        parts = Parts(self._params, names_of(self.param_groups))
-        for group in self.param_groups if parts.of else ():
-            rule = self.rule_of(group)
-            for p in group["params"]:
-                if p in parts.of:
-                    parts.of[p].states = (*rule.states, rest_of(words_of(group["precision"]), p.dtype))
-                    parts.of[p].layers = f"rule {rule.name}, layer={group['layer']!r}, adapt={group['adapt']}"
-        for mesh in parts.meshes if compare else ():
-            agree(mesh, parts.told(mesh))
-        return parts
-
-    def _members(self, taken: dict) -> dict:
-        """Of each launch, told apart by what has to be alike in it, a group's number -> its parameters there."""
-        members = defaultdict(dict)
-        for number, group in enumerate(self.param_groups):
-            rule = self.rule_of(group)
-            if rule.needs_adapt and not group["adapt"]:
-                raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
-            words, params = self._words(group), [self._parts.here(p) for p in group["params"]]
-            for p, engine in zip(params, engines_of({**group, "params": params}, rule), strict=True):
-                param = self._parts.param(p)
-                share = self._parts.share(param)
-                if share and engine == "reference" and rule.layerwise:
-                    raise ValueError(
-                        f"parameter {self._parts.of[param].name} of {p.dtype} is spread over ranks, and the reference "
-                        "engine takes whole layers only: use float32, bfloat16 or float16 and backend='auto'"
-                    )
-                variant = launch_of(engine).variant(p, taken[p], rule, words)
-                alone = id(p) if self._released else None
-                members[engine, p.device, rule, variant, share, alone].setdefault(number, []).append(p)
-            apart = sum(number in lists for lists in members.values()) > 1 or self._parts.differ(group["params"])
-            if group["layer"] == "group" and rule.layerwise and apart:
-                raise ValueError(
-                    "layer='group' needs states of one type on this engine: load them alike, or cast them; and tensors "
-                    "that are spread over ranks alike: give others a group of their own"
-                )
-        return members
-
-    def _make_exchanges(self, shares: list) -> list[Exchange]:
-        """What is to be exchanged over each mesh."""
-        found = []
-        for mesh, dims in self._parts.meshes.items():
-            pairs = zip(self._launches, shares, strict=True)
-            own = [(launch, share[1]) for launch, share in pairs if share and share[0] == mesh]
-            for launch, _ in own:
-                launch.spread = True
-            if dims:
-                found.append(Exchange(mesh, dims, own, self._parts.numbers))
-        return found
-
-    def _words(self, group: dict) -> tuple[str, ...]:
-        """The words of a group's `precision`, fit for its parameters."""
-        words = words_of(group["precision"])
-        if words and (self._lead or not self.takes_precision or group["differentiable"]):
-            what = "XGrad" if self._lead else type(self).__name__
-            what = "differentiable=True" if group["differentiable"] else what
-            raise ValueError(f"{what} needs precision=None, got {group['precision']!r}")
-        for p in group["params"]:
-            check_parameter(words, p)
-        return words
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
@@ -303,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
     # The step
 
     def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
-        """Takes one step.
+        """Takes one step. In code under torch.compile it is one operator, which looks up all numbers when it runs.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -320,52 +258,19 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        launches = self._read()
-        rows, scaling = [self._rows(launch) for launch in launches], scaling_of(self)
-        if scaling:
-            rows = [scaling.undone(own, launch) for launch, own in zip(launches, rows, strict=True)]
-            scaling.give(launches)
-        max_norm = self.defaults["max_grad_norm"] or 0.0
-        if max_norm:
-            check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
-        phases = self._norm_phase(launches, rows, max_norm, grad_norm, scaling)
-        work = [(one, own, self._bound(one, max_norm, scaling)) for one, own in zip(launches, rows, strict=True)]
-        if len(work) > 1:
-            for launch, *given in work:
-                launch.prepare(phases, *given)
-        self._exchange(work)
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            skipped = self.skipped_steps  # all launches skip together, and the first counts it
-            for launch, *given in work:
-                if launch.run(phases & ~Phase.REDUCE if launch.spread else phases, *given, skipped):
-                    torch.autograd.graph.increment_version(self._parts.versions(launch.written()))
-                elif not scaling:
-                    self._warn_of_skip()
-                launch.table.note_rests()
-                skipped = None
-        if scaling:
-            Scaling(None, None).give(launches)
-        self._parts.release()
+        if torch.compiler.is_compiling():
+            compiled.step(self, grad_norm)
+        else:
+            self._step(grad_norm)
         return loss
 
-    def _warn_of_skip(self) -> None:
-        """Once, and where the host knows without waiting for a device."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the gradient norm is {float(self.grad_norm)}: this step changed nothing. Such steps are counted in "
-                "skipped_steps; this warning is not repeated",
-                stacklevel=4,
-            )
-
-    def _exchange(self, work: list[tuple]) -> None:
-        """Takes the stats of layers that are spread over ranks, of what lies here and then of all."""
-        given = {id(launch): rest for launch, *rest in work}
-        for exchange in self._exchanges:
-            if exchange.size:
-                for launch in exchange.launches:
-                    launch.run(Phase.REDUCE, *given[id(launch)])
-                exchange.run()
+    def _step(self, grad_norm: torch.Tensor | float | None) -> None:
+        launches, max_norm = self._read(), self.defaults["max_grad_norm"] or 0.0
+        if max_norm:
+            check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            Step(self, launches, max_norm, scaling_of(self)).take(grad_norm)
+        self._parts.release()
 
     def _read(self) -> list:
         """Launches that have read and checked every address."""
@@ -400,55 +305,6 @@ class Optimizer(torch.optim.Optimizer):
             table = launch.table
             self._rows_of[launch] = Rows(table, table.step.device if launch.live else None)
         return self._rows_of[launch].read(self)
-
-    @staticmethod
-    def _bound(launch, max_norm: float, scaling: Scaling | None) -> float:
-        """What a launch clips to: with a bound of infinity it looks at its norm for the step's sake alone."""
-        return max_norm or (math.inf if scaling and not launch.scales else 0.0)
-
-    def _norm_phase(self, launches: list, rows: list, max_norm: float, given, scaling: Scaling | None = None) -> int:
-        """The phases left to run, with every launch's norm in place."""
-        natively = scaling is None or all(launch.scales for launch in launches)
-        if given is not None:
-            if not max_norm:
-                raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
-            if torch.as_tensor(given).numel() != 1:
-                raise ValueError(f"grad_norm must have one element, got shape {tuple(torch.as_tensor(given).shape)}")
-            if (not isinstance(given, torch.Tensor) or given.device.type == "cpu") and float(given) < 0:
-                raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
-            self.grad_norm.copy_(torch.as_tensor(given).reshape(()), non_blocking=True)
-        elif not max_norm:
-            if natively:
-                return Phase.STEP & ~Phase.NORM
-            self.grad_norm.zero_()
-        elif natively and self._is_one(launches):
-            return Phase.STEP
-        else:
-            for launch, own in zip(launches, rows, strict=True):
-                launch.run(Phase.NORM, own, max_norm)
-                if scaling and scaling.scale is not None and not launch.scales:
-                    launch.norm.div_(scaling.on(launch.norm.device).scale)
-            self.grad_norm.copy_(self._total_norm(launches))
-        for launch in launches:
-            if launch.norm is not self.grad_norm:
-                launch.norm.copy_(self.grad_norm)
-            if scaling:
-                scaling.settle(launch)
-        return Phase.STEP & ~Phase.NORM
-
-    def _is_one(self, launches: list) -> bool:
-        """Whether one launch finds the whole norm by itself."""
-        return len(self._launches) == len(launches) == 1 and not self._exchanges and self.norm_group is None
-
-    def _total_norm(self, launches: list) -> torch.Tensor:
-        """The norm of all gradients, wherever they lie, from each launch's own."""
-        device = self.grad_norm.device
-        squares = [launch.norm.to(device) ** 2 for launch in launches if not launch.spread]
-        squares += [exchange.squared_norm().to(device) for exchange in self._exchanges]
-        total = sum(squares, torch.zeros((), dtype=torch.float64, device=device))
-        if self.norm_group is not None:
-            total = summed(total.reshape(1).to(group_device(self.norm_group)), self.norm_group)[0].to(device)
-        return total.sqrt()
 
     def release_gradients(self) -> Release:
         """Steps each parameter inside of `backward()`, as soon as its gradient is there, and lets that go.
@@ -541,4 +397,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._launches, self._tables, self._lead, self.norm_group = None, [], None, None
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
+        self.norm_group = None

@@ -72,8 +72,6 @@ class Release:
         self._stepped.add(p)
 
     def _before_step(self, optimizer, args: tuple, options: dict) -> None:
-        if options.get("closure", args[1] if len(args) > 1 else None) is not None:  # as torch calls its hooks
-            raise ValueError("step(closure) steps in the closure's backward pass already: call it, then step() without")
         if options.get("grad_norm") is not None:
             raise ValueError("step(grad_norm=) comes after the gradients are gone: remove() the release first")
         if getattr(optimizer, "found_inf", None) is not None:

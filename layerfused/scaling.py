@@ -28,6 +28,11 @@ class Scaling(NamedTuple):
         scale = scale if launch.live else float(scale)
         return [(row[0] / scale, *row[1:]) for row in rows]
 
+    def unscale_norm(self, launch) -> None:
+        """Takes the scale out of a launch's norm, unless it has done so itself."""
+        if self.scale is not None and not launch.scales:
+            launch.norm.div_(self.on(launch.norm.device).scale)
+
     def settle(self, launch) -> None:
         """A norm that is not finite lets a step change nothing: so does a gradient that is not."""
         found = self.on(launch.norm.device).found

@@ -38,8 +38,8 @@ def low_half(bits: torch.Tensor) -> torch.Tensor:
 
 def begin_anew(p: torch.Tensor, rest: torch.Tensor, way: str) -> None:
     """What of a rest does not belong to its parameter becomes that of one just rounded: somebody else wrote `p`."""
-    if way == "kahan":  # what is left of a tie may round to the other side: three quarters of it do not
-        kept = (p.float() + 0.75 * rest.float()).to(p.dtype) == p
+    if way == "kahan":  # up to half a distance: a tie may round to the other side, a little less than it does not
+        kept = (p.float() + (1 - torch.finfo(p.dtype).eps / 4) * rest.float()).to(p.dtype) == p
     else:
         kept = split(join(p, rest, way), p.dtype, way)[0] == p
     rest.copy_(rest.where(kept, p.to(rest.dtype) if way == "master" else 0))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from .bases import base_of
+from .compiled import outside_of_graphs
 from .model_hooks import attach
 from .reports import names_of
 
@@ -92,6 +93,7 @@ class XGrad(torch.optim.Optimizer):
 
     # The step
 
+    @outside_of_graphs
     def step(self, closure=None, **options):
         """Takes one step from the true weights, and leaves predicted ones (after `eval()` true ones) behind.
 
@@ -115,11 +117,16 @@ class XGrad(torch.optim.Optimizer):
         def mine(optimizer):
             return me() if optimizer._xgrad is me else None  # another one may have taken over
 
+        @outside_of_graphs
         def before_step(optimizer, args, options):
             return mine(optimizer) and mine(optimizer)._before_step(args, options)
 
+        @outside_of_graphs
+        def after_step(optimizer, *_):
+            return mine(optimizer) and mine(optimizer)._after_step()
+
         self.optimizer.register_step_pre_hook(before_step)
-        self.optimizer.register_step_post_hook(lambda optimizer, *_: mine(optimizer) and mine(optimizer)._after_step())
+        self.optimizer.register_step_post_hook(after_step)
         self.optimizer.register_load_state_dict_post_hook(lambda o: mine(o) and mine(o)._after_loading())
 
     def _before_step(self, args: tuple, options: dict) -> tuple:

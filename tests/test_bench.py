@@ -90,6 +90,7 @@ def test_unknown_class_is_an_error():
     ("name", "tensors", "elements"),
     [
         ("resnet50", 161, 25_557_032),
+        ("bert-base", 199, 109_482_240),
         ("bert-large", 391, 335_141_888),
         ("gpt2", 148, 124_439_808),
         ("many-small", 1200, 400 * (256 + 256 + 256 * 256)),
