@@ -29,18 +29,29 @@ def place(tensor, device_mesh, *dims):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     placements = [Replicate() if dim is None or dim >= tensor.ndim else Shard(dim) for dim in dims]
-    return distribute_tensor(tensor, device_mesh, placements)
+    return distribute_tensor(tensor, device_mesh, placements, src_data_rank=None)  # every rank has it already
+
+
+@cache
+def column_parallel_rows(rows):
+    """The numbers of the rows that lie here, as ColwiseParallel and then FSDP leave it, and their placements."""
+    from torch.distributed.fsdp import fully_shard
+
+    holder = nn.Module()
+    holder.p = nn.Parameter(place(torch.arange(float(rows)), mesh(2, 2)["inner"], 0))
+    numbers = fully_shard(holder, mesh=mesh(2, 2)["outer"]).p.detach()
+    return numbers.to_local().long(), numbers.placements
 
 
 def column_parallel(tensor):
-    """As ColwiseParallel and then FSDP leave it: rows that are neighbours on a rank are none in the whole."""
-    from torch.distributed.fsdp import fully_shard
+    """Rows that are neighbours on a rank are none in the whole."""
+    from torch.distributed.tensor import DTensor
 
     if tensor.ndim == 0:
         return place(tensor, mesh(2, 2), None, None)
-    holder = nn.Module()
-    holder.p = nn.Parameter(place(tensor, mesh(2, 2)["inner"], 0))
-    return fully_shard(holder, mesh=mesh(2, 2)["outer"]).p.detach()
+    rows, placements = column_parallel_rows(tensor.shape[0])
+    size = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(tensor[rows], mesh(2, 2), placements, run_check=False, **size)
 
 
 def lay(tensor, layout, number):

@@ -100,7 +100,7 @@ def pieces_on_ranks(name):
     return {(layer, layout): trained_in_pieces(over(layout), name, layer) for layer, layout in PLACED}
 
 
-@pytest.mark.parametrize("name", ["lamb", "novograd", "setadam", "ladam-post"])
+@pytest.mark.parametrize("name", ["lamb", "novograd", "setadam"])
 def test_layers_that_are_no_tensors(name):
     """Rows count in the whole tensor, wherever they lie: a block of them may begin on one rank and end on another."""
     found = run(pieces_on_ranks, 4, name)

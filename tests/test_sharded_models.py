@@ -30,11 +30,11 @@ def trained(net, name, clip, backward):
 
 def on_ranks(ways):
     found = {}
-    for way in ways:
+    for way, names in ways.items():
         net, part = built(way)
         backward = on_batch(net, part, torch.float32 if way == "tp" else torch.float64)
         start = [p.to_local().clone() for p in net.parameters()]
-        for name in WAYS[way]:
+        for name in names:
             with torch.no_grad():
                 for p, x in zip(net.parameters(), start, strict=True):
                     p.to_local().copy_(x)
@@ -50,12 +50,12 @@ def alone(name, clip):
 
 @pytest.fixture(scope="module")
 def four():
-    return run(on_ranks, 4, list(WAYS), timeout=120)
+    return run(on_ranks, 4, {way: list(names) for way, names in WAYS.items()}, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def two():
-    return run(on_ranks, 2, ["fsdp"])
+    return run(on_ranks, 2, {"fsdp": FEW})
 
 
 def check(found, name, way, allowed=1e-6):
@@ -68,7 +68,7 @@ def test_four_ranks(four, way, name):
     check(four, name, way, 1e-5 if way == "tp" else 1e-6)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", FEW)
 def test_two_ranks(two, name):
     check(two, name, "fsdp")
 
