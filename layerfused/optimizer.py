@@ -245,6 +245,9 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
         """Takes one step. In code under torch.compile it is one operator, which looks up all numbers when it runs.
 
+        With sharded parameters, or a `norm_group`, all ranks step together: where one does not, or raises, the others
+        wait until their group's timeout. Ranks have to agree in which parameters have gradients.
+
         Args:
             closure: evaluates the model again and returns the loss.
             grad_norm: the norm to clip by, where the gradients at hand are only a part (pipeline, expert or ZeRO

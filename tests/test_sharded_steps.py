@@ -221,3 +221,33 @@ def counted():
 def test_collectives():
     for rank in run(counted, 4):
         assert {key: ["all_gather"] * count for key, count in COUNTS.items()} == rank
+
+
+# More ranks than everybody's rows are gathered of
+
+REDUCED = {"LAMB": ["all_reduce"] * 2, "SETAdam": ["all_reduce"] * 3}  # the norm, the sums, the minima
+
+
+def reduced():
+    from layerfused import exchange
+
+    exchange.MANY, found = 1, {}  # as if 2 were 65
+    for name in REDUCED:
+        params = parameters(over("mixed"), tensors())
+        opt = getattr(lf, name)(params, max_grad_norm=1.0)
+        with Collectives() as collectives:
+            train(opt, params, steps_of()[:1], over("mixed"))
+        found[name] = told(opt, params), collectives.seen
+    return found
+
+
+def test_many_ranks():
+    found = run(reduced, 2)
+    for name, collectives in REDUCED.items():
+        params = parameters(plain, tensors())
+        opt = getattr(lf, name)(params, max_grad_norm=1.0)
+        train(opt, params, steps_of()[:1], plain)
+        ranks_agree([answers[name][0] for answers in found])
+        assert_whole(found[0][name][0], told(opt, params), tensors())
+        seen = found[0][name][1]
+        assert [kind for kind in seen if kind != "broadcast"][-len(collectives) :] == collectives, seen
