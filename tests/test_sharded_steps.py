@@ -4,6 +4,8 @@ collectives of a step.
 Left out: the rules one by one (test_sharded.py); gradients of other placements on two dimensions at once.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from ranks import Collectives, run
@@ -42,10 +44,10 @@ def groups(laid):
     return told(opt, params)
 
 
-def bf16(laid):
+def bf16(laid, precision=None, steps=5):
     params = parameters(laid, tensors(dtype=torch.bfloat16))
-    opt = lf.LAMB(params, lr=0.1)
-    train(opt, params, steps_of(dtype=torch.bfloat16), laid)
+    opt = lf.LAMB(params, lr=0.1, precision=precision)
+    train(opt, params, steps_of(steps=steps, dtype=torch.bfloat16), laid)
     return told(opt, params)
 
 
@@ -75,8 +77,10 @@ def reloaded(laid):
     return told(other, params)
 
 
-SCENARIOS = {"groups": groups, "bf16": bf16, "gaps": gaps, "reloaded": reloaded}
-STARTS = {"groups": [*tensors(), *tensors(9, LATE)], "bf16": tensors(dtype=torch.bfloat16)}
+KEPT = ("master", "remainder", "kahan")
+HALVES = {"bf16": bf16} | {precision: partial(bf16, precision=precision) for precision in KEPT}
+SCENARIOS = {"groups": groups, "gaps": gaps, "reloaded": reloaded} | HALVES
+STARTS = {"groups": [*tensors(), *tensors(9, LATE)]} | dict.fromkeys(HALVES, tensors(dtype=torch.bfloat16))
 
 
 def on_ranks():
@@ -96,6 +100,28 @@ def test_scenario(four, name, layout):
     want = SCENARIOS[name](plain)
     assert_whole(four[0][name, layout], want, STARTS.get(name, tensors()))
     assert want["skipped"] == (name == "gaps")
+
+
+def rounded():
+    """A step whose noise shows: the same gradient everywhere in a tensor of equal numbers."""
+    found = {}
+    for layout in LAYOUTS:
+        laid, ones = over(layout), [torch.ones(8, 64, dtype=torch.bfloat16)] * 2
+        params = parameters(laid, ones)
+        opt = lf.AdamW(params, lr=1e-3, precision=("stochastic", "bf16-states"))
+        train(opt, params, [ones], laid)
+        found[layout] = told(opt, params)
+    return found
+
+
+def test_noise():
+    """Copies of a shard are rounded alike, different shards by noise of their own."""
+    found = run(rounded, 4)
+    for layout in LAYOUTS:
+        ranks_agree([rank[layout] for rank in found])
+        one, other = found[0][layout]["params"]
+        blocks = [block for rows in (*one.split(2), *other.split(2)) for block in rows.split(16, dim=1)]
+        assert one.unique().numel() == 2 and len({tuple(block.flatten().tolist()) for block in blocks}) == len(blocks)
 
 
 # Gradients that are placed otherwise than their parameters
