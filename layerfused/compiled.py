@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OPTIMIZERS, NUMBERS = WeakValueDictionary(), count()
 SCHEMA = "step(Tensor(a!)[] params, Tensor?[] grads, Tensor? grad_norm, int optimizer) -> ()"
@@ -32,7 +31,7 @@ def number_of(optimizer) -> int:
 def step(optimizer, grad_norm: Tensor | float | None) -> None:
     """What Dynamo traces in the place of a step: one operator, where a graph can hold it."""
     params = optimizer._params
-    if optimizer.defaults["differentiable"] or any([is_traceable_wrapper_subclass(p) for p in params]):
+    if optimizer.defaults["differentiable"] or optimizer._spreads:
         step_outside(optimizer, grad_norm)
     elif params:
         norm = None if grad_norm is None else torch.as_tensor(grad_norm, dtype=torch.float64)

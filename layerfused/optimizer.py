@@ -53,7 +53,8 @@ class Optimizer(torch.optim.Optimizer):
         precision: how 16-bit parameters keep what their type cannot hold, a word or None (rounded to nearest; states in
             float32), and a group's key: "master" (steps are taken on float32 weights, `state["master"]`, of which the
             parameter is the rounded copy), "remainder" (bfloat16: the same numbers as "master", of which
-            `state["remainder"]` has the lower 16 bits), "kahan" (`state["compensation"]` is what rounding left over,
+            `state["remainder"]` has the lower 16 bits, int16; gloo and NCCL do not gather that type, so save sharded
+            states as they lie, without `full_state_dict`), "kahan" (`state["compensation"]` is what rounding left over,
             in the parameter's type), "stochastic" (up or down at random, unbiased; nothing is kept). "bf16-states",
             alone or in a pair with one of them, makes elementwise states bfloat16, the second rounded stochastically.
             What is kept follows a parameter that somebody else has written, but for writes through `.data`.
@@ -174,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
         reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._parts = parts = find_parts(self, agree)
+        self._spreads = bool(parts.of)
         check_overlap([parts.here(p) for p in self._params])
         entries = {p: dict(self.state.get(p, {})) for p in self._params}
         taken = parts.taken(entries)
@@ -399,4 +401,4 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
-        self.norm_group = None
+        self.norm_group, self._spreads = None, any(map(is_spread, self._params))

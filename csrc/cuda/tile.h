@@ -220,13 +220,14 @@ DEVICE void write_one(const float (&x)[QUAD], const Places& places, int i, int i
   store_any<use, k>(pack_own<k>(x, places, i), places, i, inside);
 }
 
+// p comes last: its ways take the most registers, and by then the others are free.
 template <unsigned writes, unsigned again>
 DEVICE void write(const Element (&x)[QUAD], const Places& places, int i, int inside) {
   const float p[QUAD] = {x[0].p, x[1].p, x[2].p, x[3].p}, m[QUAD] = {x[0].m, x[1].m, x[2].m, x[3].m};
   const float v[QUAD] = {x[0].v, x[1].v, x[2].v, x[3].v};
-  if constexpr ((writes & P) != 0) write_one<again, 0>(p, places, i, inside);
   if constexpr ((writes & M) != 0) write_one<again, 2>(m, places, i, inside);
   if constexpr ((writes & V) != 0) write_one<again, 3>(v, places, i, inside);
+  if constexpr ((writes & P) != 0) write_one<again, 0>(p, places, i, inside);
 }
 
 
