@@ -98,6 +98,28 @@ def test_scenario(four, name, layout):
     assert want["skipped"] == (name == "gaps")
 
 
+def rounded():
+    """A step whose noise shows: the same gradient everywhere in a tensor of equal numbers."""
+    found = {}
+    for layout in LAYOUTS:
+        laid, ones = over(layout), [torch.ones(8, 64, dtype=torch.bfloat16)] * 2
+        params = parameters(laid, ones)
+        opt = lf.AdamW(params, lr=1e-3, precision=("stochastic", "bf16-states"))
+        train(opt, params, [ones], laid)
+        found[layout] = told(opt, params)
+    return found
+
+
+def test_noise_of_copies():
+    """Copies of a shard are rounded alike, different shards by noise of their own."""
+    found = run(rounded, 4)
+    for layout in LAYOUTS:
+        ranks_agree([rank[layout] for rank in found])
+        one, other = found[0][layout]["params"]
+        blocks = [block for rows in (*one.split(2), *other.split(2)) for block in rows.split(16, dim=1)]
+        assert one.unique().numel() == 2 and len({tuple(block.flatten().tolist()) for block in blocks}) == len(blocks)
+
+
 # Gradients that are placed otherwise than their parameters
 
 TYPES = (torch.float32, torch.bfloat16)
