@@ -46,7 +46,8 @@ class CpuLaunch(Launch):
             columns.append(array("q", chain((STORAGE[s.dtype] for s in states), absent)))
         columns[3] = array("q", (kind | way << 2 for kind, (_, way) in zip(columns[3], self.ways, strict=True)))
         self._native.set_states(*columns)
-        self._native.set_precision(self.rests, self.seeds, self.places)
+        if any(self.table.words):
+            self._native.set_precision(self.rests, self.seeds, self.places)
         self._outputs = self._look()
         self._native.set_outputs(*self._outputs)
 

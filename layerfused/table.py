@@ -117,12 +117,11 @@ class Table:
         self.adopt_scalars(state)
         self.check_steps()
 
-    @torch.no_grad()
     def check_rests(self) -> None:
         """Makes rests fit again whose parameter somebody else may have written since `note_rests`."""
         for p, rest, way, seen in self._kept:
             if seen != (p._version, p.data_ptr()):
-                begin_anew(p, rest, way)
+                begin_anew(p.detach(), rest, way)
 
     def note_rests(self) -> None:
         """Parameters and rests belong together now."""

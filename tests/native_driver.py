@@ -89,10 +89,16 @@ def specs_of(plan, layerwise, fixed):
     return specs + [plan.LayerSpec(spans, 0, layerwise) for spans in layers]
 
 
-class Run:
-    """One case: its tensors, its plan, its engine."""
+def way_of(i):
+    """By which way parameter i is stored, as csrc/storage.h counts: each of them for bf16, and for fp16 what it has."""
+    way = 1 + (i // 3 + 3 * (i % 3 == 2)) % 4
+    return 0 if i % 3 == 0 else 3 if (i % 3, way) == (2, 2) else way
 
-    def __init__(self, cpu, plan, job, case, norm):
+
+class Run:
+    """One case: its tensors, its plan, its engine; `kept`: 16-bit numbers are stored by other ways than to nearest."""
+
+    def __init__(self, cpu, plan, job, case, norm, kept=False):
         source = random.Random(0)
         needs = cpu.rules()[case["rule"]]
         stats = needs["sums"] + needs["minima"]
@@ -110,12 +116,25 @@ class Run:
         sizes = (4 * len(SIZES), 8 * slots, 8 * len(specs) * stats, 8 * len(specs) * needs["reports"], 8)
         self.outputs = [Memory(bytes(size)) for size in sizes]
         self.native.set_outputs(*(memory.address for memory in self.outputs))
+        drawn = [4 * kept * (TYPES[(i // 9) % 3] == "torch.bfloat16") for i in range(len(SIZES))]  # v's, see `every`
+        ways = [way_of(i) * kept for i in range(len(SIZES))], drawn
+        kinds = {1: "torch.float32", 2: "torch.bfloat16"}  # of remainders any of 16 bits
+        self.rests = [
+            Tensor(numbers(source, n) if way == 1 else [0.0] * n, kinds.get(way, p.dtype)) if way in (1, 2, 3) else None
+            for n, way, p in zip(SIZES, ways[0], self.params, strict=True)
+        ]
         columns = []
         for states in self.states:
             columns.append(array("q", [x.data_ptr() for x in states] if states else [0] * len(SIZES)))
             columns.append(array("q", [STORAGE[x.dtype] for x in states] if states else [0] * len(SIZES)))
+        columns[3] = array("q", [kind | way << 2 for kind, way in zip(columns[3], ways[1], strict=True)])
         self.native.set_states(*columns)
-        self.reader = cpu.Reader(self.params, [{} for _ in SIZES], ())
+        self.reader = cpu.Reader(self.params, [{"rest": rest} for rest in self.rests], ())
+        if kept:
+            self.reader.set_ways(*ways, [rest and "rest" for rest in self.rests])
+            rests = [rest.data_ptr() if rest else 0 for rest in self.rests]
+            tensors = range(len(SIZES))
+            self.native.set_precision(*(array("q", column) for column in (rests, [2**40 + 1] * len(SIZES), tensors)))
         self.rows = array("d", [1.0, *case["row"], -1.0, *case["row"]])
 
     def step(self, t, phases, max_norm, threads):
@@ -128,7 +147,7 @@ class Run:
 
     def hash(self):
         found = hashlib.sha256()
-        tensors = [*self.params, *(x for states in self.states if states for x in states)]
+        tensors = [*self.params, *filter(None, self.rests), *(x for states in self.states if states for x in states)]
         for memory in [*(x.memory for x in tensors), *self.outputs]:
             found.update(memory.content())
         return found.hexdigest()[:16]
@@ -144,12 +163,13 @@ def main(job):
         "step": ([phase.STEP & ~phase.NORM], 0.0),
         "clipped": ([phase.STEP], 1.0),
         "phases": ([phase.NORM, phase.REDUCE, phase.FINISH, phase.APPLY], 1.0),
+        "kept": ([phase.STEP], 1.0),
     }
     for name, case in job["cases"].items():
         for way, (phases, max_norm) in ways.items():
             hashes = set()
             for _ in range(job["repeat"]):
-                run = Run(cpu, plan, job, case, max_norm > 0)
+                run = Run(cpu, plan, job, case, max_norm > 0, way == "kept")
                 for t in range(job["steps"]):
                     run.step(t, phases, max_norm, job["threads"])
                 hashes.add(run.hash())

@@ -61,7 +61,8 @@ Engine::Engine(const std::string& rule, std::vector<Item> items, std::vector<Chu
 int64_t Engine::workspace_bytes() const {
   return int64_t(items_.size() * sizeof(Item) + chunks_.size() * sizeof(Chunk) +
                  layers_.size() * (sizeof(Layer) + sizeof(Scalars) + sizeof(Arrivals)) +
-                 (partials_.size() + norm_partials_.size() + first_chunk_.size()) * 8 + chunks_.size() + tensors_ * 7 * 8);
+                 (partials_.size() + norm_partials_.size() + first_chunk_.size()) * 8 + chunks_.size() +
+                 tensors_ * (ways.rest ? 7 : 4) * 8);
 }
 
 bool Engine::run(unsigned phases, const double* groups, double max_norm, int threads) {

@@ -38,9 +38,9 @@ class Pass {
  private:
   struct Window {
     char *at, *rest;
+    float* direct;  // what is worked on in place: fp32, or a master
     int64_t storage;
     bool read, written;
-    float* direct() const { return reinterpret_cast<float*>(way_of(storage) == MASTER ? rest : storage == FP32 ? at : nullptr); }
   };
   void load(int k);
   void store(int k);
@@ -56,11 +56,14 @@ inline Pass::Pass(const Column* const (&columns)[OPERANDS], const Ways& ways, co
     : ways_(ways), tensor_(chunk.tensor), start_(chunk.start), left_(chunk.count), t_(t) {
   for (unsigned k = 0; k < OPERANDS; ++k) {
     Window& one = windows_[k];
-    one = {nullptr, nullptr, FP32, (operands.reads >> k & 1) != 0, (operands.writes >> k & 1) != 0};
+    one = {nullptr, nullptr, nullptr, FP32, (operands.reads >> k & 1) != 0, (operands.writes >> k & 1) != 0};
     if (!one.read && !one.written) continue;
     one.storage = columns[k]->storage[tensor_];
     one.at = reinterpret_cast<char*>(columns[k]->address[tensor_]) + start_ * size_of(one.storage);
-    if (has_rest(one.storage)) one.rest = reinterpret_cast<char*>(ways.rest[tensor_]) + start_ * rest_size_of(one.storage);
+    if (one.storage == FP32) one.direct = reinterpret_cast<float*>(one.at);
+    if (!has_rest(one.storage)) continue;
+    one.rest = reinterpret_cast<char*>(ways.rest[tensor_]) + start_ * rest_size_of(one.storage);
+    if (way_of(one.storage) == MASTER) one.direct = reinterpret_cast<float*>(one.rest);
   }
 }
 
@@ -71,10 +74,9 @@ inline Stretch Pass::open() {
   float *now[OPERANDS], *ahead[OPERANDS];
   for (int k = 0; k < OPERANDS; ++k) {
     const Window& one = windows_[k];
-    float* direct = one.at ? one.direct() : nullptr;
-    now[k] = direct ? direct : one.at ? buffers_[k] : zeros;
-    ahead[k] = direct ? direct + LOOK_AHEAD : zeros;
-    if (one.at && !direct && one.read) load(k);
+    now[k] = one.direct ? one.direct : one.at ? buffers_[k] : zeros;
+    ahead[k] = one.direct ? one.direct + LOOK_AHEAD : zeros;
+    if (one.at && !one.direct && one.read) load(k);
   }
   return {{now[0], now[1], now[2], now[3], now[4]}, {ahead[0], ahead[1], ahead[2], ahead[3], ahead[4]}, open_};
 }
@@ -85,6 +87,7 @@ inline void Pass::close() {
     if (!one.at) continue;
     if (one.written && one.storage != FP32) store(k);
     one.at += open_ * size_of(one.storage);
+    if (one.direct) one.direct += open_;
     if (one.rest) one.rest += open_ * rest_size_of(one.storage);
   }
   start_ += open_, left_ -= open_;
@@ -101,7 +104,7 @@ inline void Pass::store(int k) {
   const Window& one = windows_[k];
   const int64_t way = way_of(one.storage);
   if (way == NEAREST || way == MASTER)
-    return from_float(one.at, way == MASTER ? one.direct() : buffers_[k], one.storage, open_);
+    return from_float(one.at, way == MASTER ? one.direct : buffers_[k], one.storage, open_);
   if (one.rest) return split(one.at, one.rest, buffers_[k], one.storage, open_);
   const Noise noise{ways_.seed[tensor_], ways_.place[tensor_], k == 0 ? OF_P : OF_V, t_};
   from_float_stochastic(one.at, buffers_[k], one.storage, noise, start_, open_);

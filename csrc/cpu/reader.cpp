@@ -116,7 +116,7 @@ Reader::Reader(py::list parameters, py::list states, py::tuple names, int elemen
     for (auto key : names_) {
       const auto entry = py::reinterpret_borrow<py::object>(states_[i][key]);
       if (!look(entry.ptr(), view)) throw py::value_error("a state of parameter " + std::to_string(i) + " has no strides");
-      entries_.push_back({entry, address_of(view), storage_of(view)});
+      entries_.push_back({entry, address_of(view), int32_t(storage_of(view))});
     }
   }
 }
@@ -127,12 +127,12 @@ void Reader::set_ways(std::vector<int64_t> p_ways, std::vector<int64_t> v_ways, 
   rest_names_ = rests, rests_.assign(p.size(), {});
   for (size_t i = 0; i < p.size(); ++i) {
     p_storage[i] = type_of(p_storage[i]) | p_ways[i] << 2;
-    if (state(i, 1)) entries_[i * names_.size() + names_.size() - 1].way = v_ways[i];
+    if (state(i, 1)) entries_[i * names_.size() + names_.size() - 1].way = int32_t(v_ways[i]);
     if (rests[i].is_none()) continue;
     const auto rest = py::reinterpret_borrow<py::object>(states_[i][rests[i]]);
     dlpack::Tensor view;
     if (!look(rest.ptr(), view)) throw py::value_error("the rest of parameter " + std::to_string(i) + " has no strides");
-    rests_[i] = {rest, address_of(view), storage_of(view)};
+    rests_[i] = {rest, address_of(view), int32_t(storage_of(view))};
   }
 }
 
@@ -236,7 +236,7 @@ void Reader::types(py::buffer rows) const {
   for (size_t i = 0; i < p.size(); ++i) {
     row[i] = p_storage[i] | g_storage[i] << 8;
     for (size_t k = 0; k < 2; ++k)
-      if (const Entry* one = state(i, k)) row[i] |= (one->storage | one->way << 2) << (16 + 8 * k);
+      if (const Entry* one = state(i, k)) row[i] |= int64_t(one->storage | one->way << 2) << (16 + 8 * k);
   }
 }
 

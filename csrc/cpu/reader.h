@@ -47,7 +47,8 @@ class Reader {
 
   struct Entry {
     pybind11::object tensor;  // held, so that no other can take its place unseen
-    int64_t address, storage, way = 0;
+    int64_t address;
+    int32_t storage, way = 0;
   };
   static bool keeps(const Entry& known, PyObject* state, PyObject* name, bool elementwise);
 
