@@ -13,6 +13,9 @@ struct Draw {
 
 RULE_FN Draw philox(Draw counter, uint32_t key0, uint32_t key1) {
   Draw x = counter;
+#if defined(__CUDACC__)
+#pragma unroll 1  // unrolled it takes registers that elements need: LAMB and SET-Adam spilled on sm_100
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * x.word[0], b = uint64_t(0xCD9E8D57u) * x.word[2];
     x = {{uint32_t(b >> 32) ^ x.word[1] ^ key0, uint32_t(b), uint32_t(a >> 32) ^ x.word[3] ^ key1, uint32_t(a)}};

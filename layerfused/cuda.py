@@ -25,7 +25,7 @@ class CudaLaunch(DeviceLaunch):
     """
 
     engine = "cuda"
-    on_chip = WHOLE
+    on_chip, scales = WHOLE, True
     grad_scale = found_inf = None
 
     def __init__(self, table: Table, state: dict):
@@ -33,6 +33,8 @@ class CudaLaunch(DeviceLaunch):
         tensors = len(table.params)
         plan = make_plan(table.layers, chunk=CHUNK, whole=WHOLE, ahead=AHEAD, norm=True)
         self._native = _cuda.Engine(table.rule.name, *plan.packed(), tensors, len(table.groups))
+        if any(map(any, self.ways)):
+            self._native.set_precision(self.rests, self.seeds, self.places)
         self._workspace = torch.zeros(self._native.workspace_bytes, dtype=torch.uint8, device=self.device)
         self._native.bind(self.device.index or 0, self._workspace.data_ptr(), self._stream())
         self._outputs = self._look()

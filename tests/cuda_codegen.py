@@ -93,7 +93,8 @@ def sweeps(rule):
 
 
 def accesses(masks):
-    """PTX access -> how often it is there: for plain fp32, and for what needs a conversion or lies askew.
+    """PTX access -> how often it is there: for plain fp32, for what needs a conversion or lies askew, and for the other
+    part of a p that has two.
 
     A sweep that reads one operand takes two quads at once.
     """
@@ -101,11 +102,11 @@ def accesses(masks):
     for reads, writes, again in masks:
         quads = 2 if reads.bit_count() == 1 else 1
         for k in range(5):
-            use = "cg" if again >> k & 1 else "cs"
+            use, kinds = "cg" if again >> k & 1 else "cs", 3 if k == 0 else 2
             if reads >> k & 1:
-                found[f"ld.global.{use}{'.nc' if k == 1 else ''}"] += 2 * quads
+                found[f"ld.global.{use}{'.nc' if k == 1 else ''}"] += kinds * quads
             if writes >> k & 1:
-                found[f"st.global.{use}"] += 2 * quads
+                found[f"st.global.{use}"] += kinds * quads
     return found
 
 
@@ -132,7 +133,7 @@ def check_constant(code):
         if re.match(r"(ld|st)\.global\.c[sg]\.", access) or ".nc" in access:
             places[".nc" in access].add(bases[re.search(r"\[(%\w+)\]", line)[1]])
     (g,) = places[True]
-    assert places[False] <= {g - 8, g + 8, g + 16, g + 24}, places
+    assert places[False] <= {g - 8, g + 8, g + 16, g + 24, g + 32}, places
 
 
 def address_bases(code):

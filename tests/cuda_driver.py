@@ -15,6 +15,7 @@ from array import array
 from native_driver import STORAGE, TYPES, load, numbers, packed
 
 P, G, M, V = 1, 2, 4, 8
+WAYS = {P: ((0,), (0, 1, 2, 3, 4), (0, 1, 3, 4)), V: ((0,), (0, 4), (0,))}  # of each storage type: csrc/storage.h
 PREDICT = 16  # a phase
 
 
@@ -40,11 +41,21 @@ class Memory:
         self.libc.free(self.begin)
 
 
-def tensor(source, values):
-    """Memory of a random storage type, often misaligned, and the type's number."""
+def tensor(source, values, ways=((0,),) * 3):
+    """Memory of a random storage type, often misaligned, and its storage code."""
     kind = STORAGE[source.choice(TYPES)]
-    size = 2 if kind else 4
-    return Memory(packed(values, TYPES[kind]), size * source.choice([0, 0, 1, 2, 3])), kind
+    return placed(source, packed(values, TYPES[kind]), 2 if kind else 4), kind | source.choice(ways[kind]) << 2
+
+
+def placed(source, content, size):
+    return Memory(content, size * source.choice([0, 0, 1, 2, 3]))
+
+
+def rest(source, values, code):
+    """What is kept beside a parameter, if its way keeps something."""
+    if code >> 2 == 1:
+        return placed(source, packed(values, "torch.float32"), 4)
+    return placed(source, bytes(2 * len(values)), 2) if code >> 2 in (2, 3) else None
 
 
 def cut(source, n):
@@ -78,7 +89,11 @@ class Run:
         edges = [0, 1, 3, 4, 17, tile - 1, tile, tile + 4, cuda.WHOLE, cuda.WHOLE + 1, 2 * cuda.WHOLE + 5]
         self.sizes = [source.choice(edges) for _ in range(source.randint(0, 5))] + [source.choice(edges[4:])]
         values = [numbers(source, n) for n in self.sizes]
-        self.operands = {bit: [tensor(source, x) for x in values] for bit in (P, M, V) if case["masks"] & bit}
+        leads = source.random() < 0.5
+        ways = {} if leads else WAYS  # no launch has both
+        masks = [bit for bit in (P, M, V) if case["masks"] & bit]
+        self.operands = {bit: [tensor(source, x, ways.get(bit, ((0,),) * 3)) for x in values] for bit in masks}
+        self.rests = [rest(source, x, code) for x, (_, code) in zip(values, self.operands[P], strict=True)]
         for bit in (M, V):
             for memory, _ in self.operands.get(bit, ()):
                 ctypes.memset(memory.address, 0, memory.size)
@@ -87,6 +102,10 @@ class Run:
         made = plan.make_plan(specs, whole=source.choice([0, cuda.WHOLE]), norm=True, **options)
         self.engine = cuda.Engine(case["rule"], *made.packed(), len(self.sizes), 2)
         self.engine.blocks = source.randint(1, 3)
+        if not leads:
+            seeds, places = (array("q", [source.getrandbits(53) for _ in values]) for _ in range(2))
+            rests = array("q", (one.address if one else 0 for one in self.rests))
+            self.engine.set_precision(rests, seeds, array("q", (2 * place for place in places)))
         self.workspace = Memory(bytes(self.engine.workspace_bytes))
         self.engine.bind(0, self.workspace.address, 0)
         slots, layers = made.layers[-1].state + made.layers[-1].states, len(specs)
@@ -96,7 +115,7 @@ class Run:
         self.numbers = array("d", [1.0, 2.0, 1.0, *case["row"], -1.0, *case["row"]])  # max_norm, ahead, a row each
         self.places = array("q", bytes(8 * len(self.numbers)))
         self.live = Memory(array("f", self.numbers[3:4]).tobytes())  # lr on the device
-        self.predicted = [Memory(bytes(p.size)) for p, _ in self.operands[P]] if source.random() < 0.5 else []
+        self.predicted = [Memory(bytes(p.size)) for p, _ in self.operands[P]] if leads else []
         self.skipped, self.scale = Memory(bytes(8)), Memory(array("f", [4.0]).tobytes())
         self.found_inf = Memory(bytes(4))
 
@@ -125,7 +144,8 @@ class Run:
     def hash(self):
         found = hashlib.sha256()
         tensors = [memory for rows in self.operands.values() for memory, _ in rows]
-        for memory in [*tensors, *self.predicted, *self.outputs, self.skipped]:
+        rests = [one for one in self.rests if one]
+        for memory in [*tensors, *rests, *self.predicted, *self.outputs, self.skipped]:
             found.update(memory.content())
         return found.hexdigest()[:16]
 

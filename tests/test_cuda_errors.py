@@ -185,6 +185,13 @@ def test_columns_of_another_length(short):
         native.give(0, *columns)
 
 
+@pytest.mark.parametrize("short", ["rests", "seeds", "places"])
+def test_columns_of_precision_of_another_length(short):
+    columns = {name: array("q", bytes(8 * (2 - (name == short)))) for name in ("rests", "seeds", "places")}
+    with pytest.raises(ValueError, match=f"{short} needs 2 numbers of 8 bytes, got 1"):
+        native_engine("lamb", *packed(), 2, 1).set_precision(*columns.values())
+
+
 # Memory that is not there
 
 

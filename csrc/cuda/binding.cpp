@@ -30,6 +30,12 @@ void give(Engine& engine, uint64_t stream, py::buffer addresses, py::buffer type
               stream_of(stream));
 }
 
+void set_precision(Engine& engine, py::buffer rests, py::buffer seeds, py::buffer places) {
+  const int64_t tensors = engine.words().tensors;
+  engine.set_precision(column<int64_t>(rests, tensors, "rests"), column<int64_t>(seeds, tensors, "seeds"),
+                       column<int64_t>(places, tensors, "places"));
+}
+
 std::vector<std::string> names() {
   std::vector<std::string> all;
   for (const cuda::Kernels* rule : cuda::rules()) all.push_back(rule->name);
@@ -50,6 +56,7 @@ PYBIND11_MODULE(_cuda, module) {
                       uint64_t stream) { engine.bind(device, workspace, stream_of(stream)); })
       .def("set_outputs", [](Engine& engine, int64_t step, int64_t state, int64_t stats, int64_t report,
                              int64_t norm) { engine.out = {step, state, stats, report, norm}; })
+      .def("set_precision", &set_precision)
       .def("give", &give)
       .def("run",
            [](Engine& engine, unsigned phases, uint64_t stream, bool clip, int64_t skipped, int64_t grad_scale,

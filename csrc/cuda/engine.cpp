@@ -42,12 +42,12 @@ std::vector<const Kernels*>& rules() {
 Engine::Engine(const std::string& rule, const std::vector<Item>& items, const std::vector<Chunk>& chunks,
                const std::vector<Layer>& layers, int64_t tensors, int64_t groups)
     : kernels_(find(rule)), members_(layers.size()),
-      words_{tensors, int64_t(layers.size()), ROWS + groups * (1 + kernels_.hyper)} {
+      words_{tensors, int64_t(layers.size()), ROWS + groups * (1 + kernels_.hyper), 0} {
   narrow(int64_t(chunks.size()) * 4, "chunks");
   for (const Item& item : items) {
     const bool whole = item.kind == Kind::whole;  // the index is the layer's, which has one chunk
     const int64_t chunk = whole ? layers.at(item.index).first : item.index;
-    if (whole && (layers[item.index].chunks != 1 || layers[item.index].elements > WHOLE))
+    if (whole && (layers[item.index].chunks != 1 || chunks.at(chunk).count > WHOLE))
       throw std::invalid_argument("a layer of more than " + std::to_string(WHOLE) + " elements does not stay on chip");
     items_.push_back(int32_t(item.kind) + 4 * int32_t(chunk));
     norms_ += item.kind == Kind::norm;
@@ -57,12 +57,25 @@ Engine::Engine(const std::string& rule, const std::vector<Item>& items, const st
     rows_.push_back({c.start, narrow(c.count, "elements"), int32_t(c.tensor), int32_t(c.layer), int32_t(layer.group),
                      int32_t(layer.first), int32_t(layer.chunks), int32_t(layer.adapt), int32_t(layer.state),
                      int32_t(layer.states), 0});
-    members_[c.layer].insert(members_[c.layer].end(), {c.tensor, c.count});
+    members_[c.layer].insert(members_[c.layer].end(), {c.tensor, c.elements});
   }
   count_ = narrow(int64_t(items_.size()), "items");
   counters_ = narrow(ARRIVED + 2 * words_.layers, "layers");
+  make_words();
+}
+
+void Engine::make_words() {
   now_.resize(words_.size()), known_.resize(words_.size());
-  bind(0, 0, nullptr);
+  bind(0, 0, nullptr);  // for the size of the workspace
+}
+
+void Engine::set_precision(const int64_t* rests, const int64_t* seeds, const int64_t* places) {
+  words_.ways = 1;
+  make_words();
+  for (int64_t i = 0; i < words_.tensors; ++i) {
+    now_[words_.rest(i)] = rests[i];
+    now_[words_.noise_seed(i)] = seeds[i], now_[words_.noise_place(i)] = places[i];
+  }
 }
 
 template <class T>

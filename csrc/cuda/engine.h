@@ -33,6 +33,8 @@ class Engine {
   Engine(const std::string& rule, const std::vector<Item>&, const std::vector<Chunk>&, const std::vector<Layer>&,
          int64_t tensors, int64_t groups);
 
+  // Takes where the rest of each parameter lies, 0 where it has none, and what its noise is drawn by. Before `bind`.
+  void set_precision(const int64_t* rests, const int64_t* seeds, const int64_t* places);
   // Takes a zeroed workspace on the device and brings the plan there.
   void bind(int device, int64_t workspace, cudaStream_t);
   // Takes what the host says of the next launches. What is too much for a launch's argument goes to the device now, so
@@ -48,6 +50,7 @@ class Engine {
   const Words& words() const { return words_; }
 
  private:
+  void make_words();
   void fill(const Given&);
   void count_layers();
   void send(cudaStream_t);

@@ -25,18 +25,18 @@ class Block : Lookup<R, WORDS> {
   DEVICE Block(const Launch<WORDS>& launch, Shared<R>& shared) : Base(launch, shared) {}
 
   DEVICE void run() {
-    const int first = launch.phases & NORM ? 0 : launch.norms;  // the norm's items are passed over
     if (speaks()) {
+      shared.first = launch.phases & NORM ? 0 : launch.norms;  // the norm's items are passed over
       shared.happens = true;
       for (auto& next : shared.next)
         for (auto& started : next.started) started.group = NONE;
-      look_up(shared.next[0], first + int(device::take(at.counters + TICKET)));
+      look_up(shared.next[0], take());
     }
     for (int turn = 0;; turn ^= 1) {
       device::barrier();  // publishes this turn's item
       if (shared.next[turn].item == NONE) break;
       int next = 0;
-      if (speaks()) next = first + int(device::take(at.counters + TICKET));  // under way meanwhile
+      if (speaks()) next = take();  // under way meanwhile
       work_on(shared.next[turn]);
       if (!shared.happens) break;
       if (speaks()) look_up(shared.next[turn ^ 1], next);
@@ -48,6 +48,8 @@ class Block : Lookup<R, WORDS> {
   bool began = false;  // whether the norm is known
 
   // Items
+
+  DEVICE int take() const { return shared.first + int(device::take(at.counters + TICKET)); }
 
   DEVICE void work_on(const Next& next) {
     const Kind kind = Kind(next.item % 4);

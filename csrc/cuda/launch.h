@@ -34,18 +34,23 @@ struct alignas(16) Row {
 // so that one short range of words covers it.
 struct Words {
   int64_t tensors, layers, numbers;  // how many; `numbers` is MAX_NORM, AHEAD and the rows of all groups
+  int64_t ways;                      // 1 where some tensor is stored by a way of its own, else 0
 
   RULE_FN int64_t gradient(int64_t tensor) const { return tensor; }
   RULE_FN int64_t number(int64_t k) const { return tensors + k; }
   RULE_FN int64_t place(int64_t k) const { return tensors + numbers + k; }  // where it lives on the device, or 0
   RULE_FN int64_t elements(int64_t layer) const { return tensors + 2 * numbers + layer; }  // with gradients; or -1
-  // the storage of p, g, m and v, a byte each; the fifth byte is 1 where this step counts
+  // the storage codes of p, g, m and v, a byte each; the fifth byte is 1 where this step counts
   RULE_FN int64_t types(int64_t tensor) const { return tensors + 2 * numbers + layers + tensor; }
   RULE_FN int64_t p(int64_t tensor) const { return types(tensor) + tensors; }
   RULE_FN int64_t m(int64_t tensor) const { return types(tensor) + 2 * tensors; }
   RULE_FN int64_t v(int64_t tensor) const { return types(tensor) + 3 * tensors; }
   RULE_FN int64_t predicted(int64_t tensor) const { return types(tensor) + 4 * tensors; }
-  RULE_FN int64_t size() const { return 6 * tensors + 2 * numbers + layers; }
+  // only where there are ways
+  RULE_FN int64_t rest(int64_t tensor) const { return types(tensor) + 5 * tensors; }
+  RULE_FN int64_t noise_seed(int64_t tensor) const { return types(tensor) + 6 * tensors; }
+  RULE_FN int64_t noise_place(int64_t tensor) const { return types(tensor) + 7 * tensors; }
+  RULE_FN int64_t size() const { return (6 + 3 * ways) * tensors + 2 * numbers + layers; }
 };
 
 // What comes before the rows.

@@ -46,21 +46,39 @@ class Lookup {
   // Where a chunk lies. Once for the block: each thread's registers are for elements.
   DEVICE void locate(Places& places, Row& row) const {
     const Words& w = launch.words;
-    const int64_t where[Places::OPERANDS] = {w.p(row.tensor), w.gradient(row.tensor), w.m(row.tensor), w.v(row.tensor),
-                                             w.predicted(row.tensor)};
-    const int64_t types = word(w.types(row.tensor));
+    const int64_t where[Places::OTHER] = {w.p(row.tensor), w.gradient(row.tensor), w.m(row.tensor), w.v(row.tensor),
+                                          w.predicted(row.tensor)};
+    const int64_t types = word(w.types(row.tensor)), p = types & 255;
+    const bool master = way_of(p) == MASTER;
+    int64_t tensors[Places::OPERANDS] = {};
+#pragma unroll
+    for (int k = 0; k < Places::OTHER; ++k) tensors[k] = word(where[k]);
+    places.there = tensors[1] != 0;
+    if (has_rest(p)) tensors[Places::OTHER] = word(w.rest(row.tensor));
+    if (master) {  // p is read and written there; what lies at p is a copy
+      const int64_t copy = tensors[0];
+      tensors[0] = tensors[Places::OTHER], tensors[Places::OTHER] = copy;
+    }
     unsigned vectors = 0, plain = 0;
 #pragma unroll
     for (int k = 0; k < Places::OPERANDS; ++k) {
-      const uint32_t storage = types >> (8 * (k % 4)) & 255, size = storage == FP32 ? 4 : 2;  // the fifth's is p's
-      const int64_t tensor = word(where[k]), address = tensor + row.start * size;
-      if (k == 1) places.there = tensor != 0;
-      places.at[k] = reinterpret_cast<char*>(address), places.storage[k] = storage;
+      uint32_t code = types >> (8 * (k % 4)) & 255;  // the fifth's is p's
+      if (k == 0 && master) code = FP32 | MASTER << 2;
+      if (k == Places::OTHER) code = type_of(p);
+      const uint32_t size = size_of(code);
+      const int64_t address = tensors[k] + row.start * size;
+      places.at[k] = reinterpret_cast<char*>(address), places.storage[k] = code;
       const unsigned fits = (uint64_t(address) & (QUAD * size - 1)) == 0;
-      vectors |= fits << k, plain |= (storage == FP32 ? fits : 0) << k;
+      vectors |= fits << k, plain |= (code == FP32 ? fits : 0) << k;
     }
     places.vectors = vectors, places.plain = plain;
     if (!places.there && launch.phases != PREDICT) row.count = 0;
+    if (launch.words.ways) locate_noise(places, row);
+  }
+  DEVICE void locate_noise(Places& places, const Row& row) const {
+    const Words& w = launch.words;
+    places.first = row.start;
+    places.seed = word(w.noise_seed(row.tensor)), places.place = word(w.noise_place(row.tensor));
   }
 
   // All that is known of an item before it is begun.
@@ -70,6 +88,7 @@ class Lookup {
     next.row = at.rows[next.item / 4];
     locate(next.places, next.row);
     next.time = double(at.step[next.row.tensor]) + (launch.phases == PREDICT ? 0 : 1);
+    next.places.time = uint32_t(next.time);
     if (next.time == 0) next.row.count = 0;  // before the first step there is nothing to predict
     if (Kind(next.item % 4) == Kind::norm) return;
     auto& started = next.started[next.row.group % STARTED];

@@ -59,6 +59,7 @@ struct Shared {
   typename R::Scalars finished;
   double factor;  // of clip and loss scale
   float ahead;    // steps that are predicted
+  int first;      // the ticket that the launch begins with
   bool happens, last;
 };
 
