@@ -61,7 +61,7 @@ clean:
 # (directories too, so that a deleted header counts). No build isolation: the build tools are pinned in .venv, and their
 # headers keep their place, so ninja reuses its objects. --no-index makes a requirement missing in constraints.txt fail.
 .venv/.built: .venv/.installed setup.py pyproject.toml $(shell find csrc)
-	$(RUN) -m pip install -q --no-index --no-build-isolation -e '.[test,demo,bench]'
+	$(RUN) -m pip install -q --no-index --no-build-isolation -e '.[test,demo,bench,integrations]'
 	@touch $@
 
 # torch first and alone: nothing that depends on it can then choose another.

@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from . import cost, gpu, model, report, step, train, tune
+from . import cost, gpu, model, report, scale, step, train, tune
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (step, train, cost, tune, gpu, report, model):
+    for module in (step, train, cost, scale, tune, gpu, report, model):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         module.add_arguments(command)

@@ -99,6 +99,22 @@ def better(setting, ours, other):
     return [claim(f"{text}{a} against {b}{same}", ours_is >= other_is and ours_is > -math.inf)]
 
 
+def as_float32(setting, ours, other):
+    """From every seed, the final training loss is within 2 % of that of float32 weights, and less than that of others.
+
+    `other` is trained on float32 weights where its name says "master". Seeds are compared one by one, because networks
+    that begin elsewhere differ more than that.
+    """
+    near = "master" in other["optimizer"]
+    pairs = [(a["train_loss"], b["train_loss"]) for a, b in zip(ours["runs"], other["runs"], strict=True)]
+    known = None not in (ours["mean"]["train_loss"], other["mean"]["train_loss"])
+    ratios = [a / b for a, b in pairs] if known else []
+    holds = known and all(abs(ratio - 1) <= 0.02 if near else ratio < 1 for ratio in ratios)
+    text = f"{setting}: {ours['optimizer']}'s final training loss is from every seed "
+    text += f"{'within 2 % of' if near else 'less than'} {other['optimizer']}'s: "
+    return [claim(text + (f"× {min(ratios):.3f} to × {max(ratios):.3f}" if known else "one diverged"), holds)]
+
+
 def bound(row):
     """Percent of layers and recorded steps in which the bound was less than the ratio of norms; the largest ratio."""
     pairs = [

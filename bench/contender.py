@@ -78,6 +78,9 @@ class Contender:
     def step(self):
         if self.spec.clip:
             torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        if self.spec.groups:
+            for group in self.opt.param_groups:  # as a scheduler does; to another object of the same value
+                group["lr"] = 1.0 * group["lr"]
         self.opt.step()
 
     @property

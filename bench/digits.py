@@ -21,6 +21,13 @@ def load(seed=0):
     return Data(*(_split(*part) for part in ((x, y), (x_val, y_val), (x_test, y_test))))
 
 
+def in_bfloat16(task):
+    """The same task with images, weights and gradients in bfloat16; losses in float32."""
+    data = Data(*(Split(part.x.bfloat16(), part.y) for part in task.data))
+    network, loss = lambda seed: task.network(seed).bfloat16(), lambda found, y: task.loss(found.float(), y)
+    return task._replace(data=data, network=network, loss=loss, sample=data.train)
+
+
 def _split(x, y):
     return Split(torch.tensor(x, dtype=torch.float32).div_(8).sub_(1).view(-1, 1, 8, 8), torch.tensor(y))  # 0 to 16
 

@@ -127,16 +127,16 @@ def recognised(name):
 
 
 def changed(gpu, changes):
-    """The device with other numbers, `{field: text}`.
+    """The device, or another frozen dataclass of constants, with other numbers, `{field: text}`.
 
     Raises:
         ValueError: for a field that is not a number of the table.
     """
-    numbers = [field.name for field in dataclasses.fields(Gpu) if field.name != "name"]
+    numbers = [field.name for field in dataclasses.fields(gpu) if field.name != "name"]
     for name, text in changes.items():
         if name not in numbers or not _positive(text):
             raise ValueError(f"{name}={text} is not FIELD=NUMBER > 0 with a FIELD of {', '.join(numbers)}")
-    types = {field.name: field.type for field in dataclasses.fields(Gpu)}
+    types = {field.name: field.type for field in dataclasses.fields(gpu)}
     return dataclasses.replace(gpu, **{name: types[name](float(text)) for name, text in changes.items()})
 
 

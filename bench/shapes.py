@@ -1,7 +1,8 @@
 """The true parameter shapes of well-known models, by name, in the order the models register them.
 
 Every list holds `(parameter name, shape)`; tied parameters stand once. Sources: torchvision's `resnet50`,
-transformers' `BertModel` (bert-large-uncased) and `GPT2LMHeadModel` (gpt2), Meta's Llama-3-8B configuration.
+transformers' `BertModel` (bert-base-uncased, bert-large-uncased) and `GPT2LMHeadModel` (gpt2), Meta's Llama-3-8B
+configuration.
 """
 
 import json
@@ -40,12 +41,12 @@ def resnet50():
     return shapes + _linear("fc", 1000, 2048)
 
 
-def bert_large():
-    """BERT-large uncased with pooler, without the masked-language head: 391 tensors, 335,141,888 elements."""
-    h, inner = 1024, 4096
+def _bert(layers, h):
+    """BERT uncased with pooler, without the masked-language head."""
+    inner = 4 * h
     shapes = [("embeddings.word_embeddings.weight", (30522, h)), ("embeddings.position_embeddings.weight", (512, h))]
     shapes += [("embeddings.token_type_embeddings.weight", (2, h)), *_norm("embeddings.LayerNorm", h)]
-    for i in range(24):
+    for i in range(layers):
         layer = f"encoder.layer.{i}"
         for part in ("query", "key", "value"):
             shapes += _linear(f"{layer}.attention.self.{part}", h, h)
@@ -53,6 +54,16 @@ def bert_large():
         shapes += _linear(f"{layer}.intermediate.dense", inner, h)
         shapes += _linear(f"{layer}.output.dense", h, inner) + _norm(f"{layer}.output.LayerNorm", h)
     return shapes + _linear("pooler.dense", h, h)
+
+
+def bert_base():
+    """BERT-base: 199 tensors, 109,482,240 elements."""
+    return _bert(12, 768)
+
+
+def bert_large():
+    """BERT-large: 391 tensors, 335,141,888 elements."""
+    return _bert(24, 1024)
 
 
 def _conv1d(name, in_width, out_width):
@@ -85,6 +96,11 @@ def tiny():
     return [(f"vectors.{i}", (16,)) for i in range(300)]
 
 
+def many_groups():
+    """No model: 465 tensors of 16 elements, for `groups+X`, as layer-wise learning rates make them."""
+    return [(f"vectors.{i}", (16,)) for i in range(465)]
+
+
 def llama_8b_slice():
     """4 of the 32 decoder layers of Llama-3-8B, no embedding, final norm or head: 36 tensors, 872,448,000 elements."""
     h, kv, inner = 4096, 1024, 14336
@@ -101,10 +117,12 @@ def llama_8b_slice():
 
 MODELS = {
     "resnet50": resnet50,
+    "bert-base": bert_base,
     "bert-large": bert_large,
     "gpt2": gpt2,
     "many-small": many_small,
     "tiny": tiny,
+    "many-groups": many_groups,
     "llama-8b-slice": llama_8b_slice,
 }
 
@@ -117,8 +135,19 @@ def _entry(index, entry):
     return name, tuple(shape)
 
 
+def sharded(shapes, ranks):
+    """What lies on the first of so many ranks, as FSDP cuts: dimension 0 is divided, rounding up."""
+    return [(name, (-(-shape[0] // ranks), *shape[1:]) if shape else shape) for name, shape in shapes]
+
+
 def load(name):
-    """The shapes of a model by name, or of a JSON file holding a list of `[name, shape]` or of shapes."""
+    """The shapes of a model by name, or of a JSON file holding a list of `[name, shape]` or of shapes.
+
+    `NAME:RANKS` is what lies on the first of so many ranks.
+    """
+    whole, _, ranks = name.rpartition(":")
+    if whole and ranks.isdecimal() and int(ranks):
+        return sharded(load(whole), int(ranks))
     if name in MODELS:
         return MODELS[name]()
     if not name.endswith(".json"):

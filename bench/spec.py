@@ -1,8 +1,8 @@
-"""How an optimizer is named on the command line: `[clip+][xgrad+][package.]Name[:flag…][(key=value, …)]`.
+"""How an optimizer is named on the command line: `[clip+][xgrad+][groups+][package.]Name[:flag…][(key=value, …)]`.
 
 `LAMB(max_grad_norm=None)` is layerfused's, `torch.AdamW:fused` is `torch.optim.AdamW(…, fused=True)`,
-`pytorch_optimizer.Lamb` any importable class, `clip+X` puts `clip_grad_norm_(params, 1.0)` before X's step, and
-`xgrad+X` is `layerfused.XGrad` around X.
+`pytorch_optimizer.Lamb` any importable class, `clip+X` puts `clip_grad_norm_(params, 1.0)` before X's step,
+`xgrad+X` is `layerfused.XGrad` around X, and `groups+X` has a group for each tensor, whose lr is set before each step.
 """
 
 import ast
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import layerfused
 
 FORM = re.compile(
-    r"(?P<clip>clip\+)?(?P<xgrad>xgrad\+)?(?P<path>[A-Za-z_][\w.]*)(?P<flags>(:\w+)*)(\((?P<arguments>.*)\))?",
+    r"(?P<clip>clip\+)?(?P<xgrad>xgrad\+)?(?P<groups>groups\+)?(?P<path>[A-Za-z_][\w.]*)(?P<flags>(:\w+)*)(\((?P<arguments>.*)\))?",
     re.DOTALL,
 )
 
@@ -29,6 +29,7 @@ class Spec:
     options: dict = field(default_factory=dict)
     clip: bool = False
     xgrad: bool = False
+    groups: bool = False
 
     @property
     def engine(self):
@@ -67,12 +68,14 @@ def parse(text):
     """A `Spec` from its text; raises ValueError where the text has another form."""
     match = FORM.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"optimizer {text!r} is not of the form [clip+][xgrad+][package.]Name[:flag][(key=value, …)]")
+        form = "[clip+][xgrad+][groups+][package.]Name[:flag][(key=value, …)]"
+        raise ValueError(f"optimizer {text!r} is not of the form {form}")
     package, _, name = match["path"].rpartition(".")
     package = {"": "layerfused", "torch": "torch.optim"}.get(package, package)
     flags = tuple(match["flags"].split(":")[1:])
     options = dict.fromkeys(flags, True) | _options(text, match["arguments"] or "")
-    return Spec(text.strip(), package, name, flags, options, bool(match["clip"]), bool(match["xgrad"]))
+    prefixes = {prefix: bool(match[prefix]) for prefix in ("clip", "xgrad", "groups")}
+    return Spec(text.strip(), package, name, flags, options, **prefixes)
 
 
 def build(spec, params):
@@ -80,5 +83,6 @@ def build(spec, params):
     package = importlib.import_module(spec.package)
     if not hasattr(package, spec.name):
         raise ValueError(f"{spec.package} has no optimizer {spec.name!r}")
-    opt = getattr(package, spec.name)(params, **spec.options)
+    groups = [{"params": [p]} for p in params] if spec.groups else params
+    opt = getattr(package, spec.name)(groups, **spec.options)
     return layerfused.XGrad(opt) if spec.xgrad else opt

@@ -38,7 +38,7 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--shapes", default="resnet50", help=f"list of {', '.join(models.MODELS)} or FILE.json")
     add("--optimizers", default="LAMB,LAMB(max_grad_norm=None),AdamW", help='list of NAME or "NAME(key=value,…)"')
-    add("--against", default="torch.AdamW:fused", help="list of competitors, [clip+]package.Name[:flag][(key=value,…)]")
+    add("--against", default="torch.AdamW:fused", help="list of competitors, [clip+][groups+]package.Name[:flag][(…)]")
     add("--dtype", choices=DTYPES, default="fp32", help="of parameters and gradients")
     add("--device", choices=devices.DEVICES, default="cpu")
     add("--threads", type=int, default=torch.get_num_threads())

@@ -78,6 +78,8 @@ TASKS = {
     "digits": lambda quick: digits.classification(),
     "all digits": lambda quick: digits.classification(everything=True),
     "autoencoder": lambda quick: digits.reconstruction(),
+    "digits in bfloat16": lambda quick: digits.in_bfloat16(digits.classification()),
+    "autoencoder in bfloat16": lambda quick: digits.in_bfloat16(digits.reconstruction()),
     "text": lambda quick: text.modelling(128 if quick else 1),
 }
 
@@ -143,6 +145,17 @@ def tuned():
     return Study(question, settings, tuple(contenders), claims.tuned, watch.chosen_steps, choice="training")
 
 
+def stored():
+    """At one learning rate: the larger it is, the less is lost where numbers are rounded to nearest."""
+    plain, master, rates = "AdamW", "AdamW(precision='master')", (3e-4,)
+    contenders = [Contender(plain, rates), Contender(master, rates, rivals=(plain,))]
+    for words in ("'kahan'", "'stochastic'", "('stochastic', 'bf16-states')"):
+        contenders.append(Contender(f"AdamW(precision={words})", rates, rivals=(plain, master)))
+    settings = [Setting(f"{name}, bfloat16", f"{name} in bfloat16", 128, 30) for name in ("digits", "autoencoder")]
+    question = "Do bfloat16 weights learn as float32 ones do?"
+    return Study(question, tuple(settings), tuple(contenders), claims.as_float32, seeds=(0, 1, 2, 3, 4))
+
+
 def quick(study):
     """One epoch, one seed and the two middle rates: does it run?"""
     contenders = tuple(c._replace(rates=c.rates[(len(c.rates) - 1) // 2 :][:2]) for c in study.contenders)
@@ -156,4 +169,5 @@ STUDIES = {
     "lambc": bounded(),
     "xgrad": predicted(),
     "curvature": tuned(),
+    "precision": stored(),
 }

@@ -127,6 +127,15 @@ def predictions(rows):
     return figure
 
 
+def loss_curves(rows):
+    """Per task: the training loss."""
+    settings = list(claims.by_setting(rows))
+    figure, panels = panels_of(1, len(settings))
+    for (name, contenders), panel in zip(settings, panels[0], strict=True):
+        losses(panel, contenders.values(), name)
+    return figure
+
+
 def curvature(rows):
     """Per task: loss curves, the final loss over the sweep's learning rates, the step sizes of each layer."""
     settings = list(claims.by_setting(rows))
@@ -176,4 +185,5 @@ PICTURES = {
     "lambc": bounds,
     "xgrad": predictions,
     "curvature": curvature,
+    "precision": loss_curves,
 }

@@ -5,9 +5,10 @@
 
 namespace layerfused {
 
-// A contiguous range of one tensor that belongs to one layer; its index is also the slot of its partial sums.
+// A contiguous range of one tensor that belongs to one layer; its index is also the slot of its partial sums. It stands
+// for `elements` of the layer: for more than its own where the rest lies on other ranks.
 struct Chunk {
-  int64_t tensor, start, count, layer;
+  int64_t tensor, start, count, layer, elements;
 };
 
 // A run of chunks. `state` is the first of the `states` slots that keep the layer's float64 state (one per tensor).

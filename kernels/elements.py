@@ -1,4 +1,4 @@
-"""Tiles between memory and registers: 16 bytes at a time where memory allows, float32 inside, our own rounding.
+"""Tiles between memory and registers: 16 bytes at a time where memory allows, float32 inside.
 
 An operand comes as an int64 address. Whether it can be moved in vectors is found out for each operand by itself: a
 misaligned view slows down nobody else.
@@ -8,6 +8,20 @@ import triton
 import triton.language as tl
 
 from .rule import Element, f32
+from .storage import (
+    KAHAN,
+    MASTER,
+    REMAINDER,
+    STOCHASTIC,
+    bf16_value,
+    compensation,
+    joined,
+    noise_of,
+    rounded,
+    split,
+    stochastic,
+    value,
+)
 
 P, G, M, V = (tl.constexpr(1 << bit) for bit in range(4))  # as in csrc/rule.h
 
@@ -18,7 +32,7 @@ def read(t, tile, spec: tl.constexpr, reads: tl.constexpr):
     zero = tl.zeros([tl.constexpr(spec.tile)], tl.float32)
     p, g, m, v = zero, zero, zero, zero
     if P & reads:
-        p = load(place_of(t, tile, 0, spec), tile.count, spec.storage[0], spec.tile)
+        p = load_p(t, tile, tile.count, spec)
     if G & reads:
         g = load(place_of(t, tile, 1, spec), tile.count, spec.storage[1], spec.tile)
     if M & reads:
@@ -31,11 +45,65 @@ def read(t, tile, spec: tl.constexpr, reads: tl.constexpr):
 @triton.jit
 def write(t, x, tile, spec: tl.constexpr, writes: tl.constexpr):
     if P & writes:
-        store(place_of(t, tile, 0, spec), x.p, tile.count, spec.storage[0], spec.tile)
+        store_p(t, x.p, tile, spec)
     if M & writes:
         store(place_of(t, tile, 2, spec), x.m, tile.count, spec.storage[2], spec.tile)
     if V & writes:
-        store(place_of(t, tile, 3, spec), x.v, tile.count, spec.storage[3], spec.tile)
+        put(place_of(t, tile, 3, spec), chosen(t, x.v, tile, 3, spec), tile.count, spec.tile)
+
+
+@triton.jit
+def load_p(t, tile, count, spec: tl.constexpr):
+    """The parameter as rules see it: of both its halves, where it has two."""
+    at = place_of(t, tile, 0, spec)
+    if spec.ways[0] == MASTER:
+        p = load(rest_of(t, tile, spec), count, tl.float32, spec.tile)
+    elif spec.ways[0] == REMAINDER:
+        high = fetch(at, count, tl.uint16, spec.tile)
+        p = joined(high, fetch(rest_of(t, tile, spec), count, tl.int16, spec.tile))
+    elif spec.ways[0] == KAHAN:
+        p = load(at, count, spec.storage[0], spec.tile)
+        p += load(rest_of(t, tile, spec), count, spec.storage[0], spec.tile)
+    else:
+        p = load(at, count, spec.storage[0], spec.tile)
+    return p
+
+
+@triton.jit
+def store_p(t, p, tile, spec: tl.constexpr):
+    """The parameter, and its other half."""
+    at = place_of(t, tile, 0, spec)
+    if spec.ways[0] == REMAINDER:
+        bits, rest = split(p)
+    else:
+        bits, rest = chosen(t, p, tile, 0, spec), p
+        if spec.ways[0] == KAHAN:
+            rest = rounded(compensation(p, value(bits, spec.storage[0])), spec.storage[0])
+    put(at, bits, tile.count, spec.tile)
+    if spec.halves:
+        put(rest_of(t, tile, spec), rest, tile.count, spec.tile)
+
+
+@triton.jit
+def chosen(t, x, tile, operand: tl.constexpr, spec: tl.constexpr):
+    """What is stored of an operand: the nearest number, or one of the two beside it by chance."""
+    if spec.ways[operand] == STOCHASTIC:
+        seed, place = tl.load(t.given.noise + 2 * tile.tensor), tl.load(t.given.noise + 2 * tile.tensor + 1)
+        if operand == 3:
+            place += 1  # v's own numbers
+        step = tl.load(t.kept.step + tile.tensor).to(tl.int64) + 1
+        noise = noise_of(seed, place, step, tile.start, spec.tile)
+        bits = stochastic(x, noise, spec.storage[operand])
+    else:
+        bits = rounded(x, spec.storage[operand])
+    return bits
+
+
+@triton.jit
+def rest_of(t, tile, spec: tl.constexpr):
+    """The address of the other half of a tile's parameter."""
+    size: tl.constexpr = 4 if spec.ways[0] == MASTER else 2
+    return tl.load(t.given.rest + tile.tensor) + tile.start * size
 
 
 @triton.jit
@@ -65,7 +133,7 @@ def prepared(t, x, c, tile, scale, spec: tl.constexpr, reads: tl.constexpr):
             p = x.p
             if (P & reads) == 0:  # read for the decay alone, where there is any
                 count = tl.where(c.coupled != 0, tile.count, 0)
-                p = load(place_of(t, tile, 0, spec), count, spec.storage[0], spec.tile)
+                p = load_p(t, tile, count, spec)
             g = tl.where(c.coupled != 0, g + c.coupled * p, g)
     return Element(x.p, g, x.m, x.v)
 
@@ -101,8 +169,12 @@ def fetch(at, count, storage: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def store(at, x, count, storage: tl.constexpr, TILE: tl.constexpr):
     """The first `count` elements of a float32 tile to address `at`."""
+    put(at, rounded(x, storage), count, TILE)
+
+
+@triton.jit
+def put(at, bits, count, TILE: tl.constexpr):
     offsets = tl.arange(0, TILE)
-    bits = rounded(x, storage)
     if has_vectors(at, count):
         start = tl.multiple_of(at.to(tl.pointer_type(bits.dtype)), 16)
         tl.store(start + offsets, bits, mask=offsets < count // 8 * 8)
@@ -112,45 +184,6 @@ def store(at, x, count, storage: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, storage: tl.constexpr):
-    """float32 to its storage: to nearest even in integers, as csrc/storage.h (Triton's interpreter truncates)."""
-    bits = x
-    if storage == tl.bfloat16:
-        bits = bf16_bits(x.to(tl.uint32, bitcast=True))
-    elif storage == tl.float16:
-        bits = fp16_bits(x.to(tl.uint32, bitcast=True))
-    return bits
-
-
-@triton.jit
 def stored(x, storage: tl.constexpr):
     """float32 as it comes back from its storage."""
-    if storage == tl.bfloat16:
-        x = bf16_value(rounded(x, storage))
-    elif storage == tl.float16:
-        x = rounded(x, storage).to(tl.float16, bitcast=True).to(tl.float32)
-    return x
-
-
-@triton.jit
-def bf16_value(bits):
-    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)  # they are float32's upper half
-
-
-@triton.jit
-def bf16_bits(u):
-    nearest = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-    quiet = (u >> 16) | 0x40  # a NaN must not round to infinity
-    return tl.where((u & 0x7FFFFFFF) > 0x7F800000, quiet, nearest).to(tl.uint16)
-
-
-@triton.jit
-def fp16_bits(u):
-    sign = (u >> 16) & 0x8000
-    magnitude = u & 0x7FFFFFFF
-    normal = (magnitude - (112 << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13
-    half = magnitude.to(tl.float32, bitcast=True) + 0.5  # this addition rounds to 2^-24 for us
-    subnormal = half.to(tl.uint32, bitcast=True) - 0x3F000000
-    finite = tl.where(magnitude < (113 << 23), subnormal, normal)
-    special = tl.where(magnitude > 0x7F800000, 0x7E00, 0x7C00).to(tl.uint32)
-    return (sign | tl.where(magnitude >= (143 << 23), special, finite)).to(tl.uint16)
+    return value(rounded(x, storage), storage)

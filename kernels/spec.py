@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .rule import M, P, Rule, Sweep, V
+from .storage import KAHAN, MASTER, REMAINDER
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,6 +23,7 @@ class Spec:
         stateful: whether a layer has a float64 state.
         mixed: whether some layer of a rule with stats is without them (`adapt=False`).
         leads: whether predicted weights are written beside the true ones.
+        ways: how p, g, m and v are stored (as in csrc/storage.h): g and m always to nearest.
     """
 
     rule: Rule
@@ -34,6 +36,7 @@ class Spec:
     stateful: bool
     mixed: bool
     leads: bool = False
+    ways: tuple[int, ...] = (0, 0, 0, 0)
 
     @cached_property
     def Row(self):
@@ -75,6 +78,11 @@ class Spec:
         return "coupled" in self.rule.scalars.split()
 
     @property
+    def halves(self) -> bool:
+        """Whether a parameter has a second half at an address of its own."""
+        return self.ways[0] in (MASTER.value, REMAINDER.value, KAHAN.value)
+
+    @property
     def ahead(self) -> Sweep:
         """What a sweep that only predicts needs: the states that `apply` goes by, beside the weight."""
         return Sweep(P | (self.rule.second.reads & (M | V)), 0)
@@ -93,8 +101,9 @@ class Spec:
     @cached_property
     def cache_key(self) -> str:
         """All that the code depends on, the source of the rule's functions too: Triton looks into no tuple for them."""
-        rest = (self.hyper, self.storage, self.tile, self.phases, self.clip, self.live, self.stateful, self.mixed)
-        return " ".join([*(getattr(part, "cache_key", repr(part)) for part in self.rule), repr((*rest, self.leads))])
+        sizes = (self.hyper, self.storage, self.ways, self.tile, self.phases)
+        rest = (*sizes, self.clip, self.live, self.stateful, self.mixed, self.leads)
+        return " ".join([*(getattr(part, "cache_key", repr(part)) for part in self.rule), repr(rest)])
 
     def __repr__(self) -> str:
         return self.cache_key

@@ -28,6 +28,8 @@ class Given(NamedTuple):
     row: tl.tensor  # float64: max_norm, ahead, then per group the gradient's sign and the hyper-parameters
     place: tl.tensor  # int64, as row: where on the device a value lives; 0: it is in the row; odd: it is float64
     predicted: tl.tensor  # int64 [tensors]: addresses of predicted weights; empty where there are none
+    rest: tl.tensor  # int64 [tensors]: addresses of the parameters' other halves; empty where they have none
+    noise: tl.tensor  # int64 [tensors, 2]: seed and place of its random numbers; empty where nothing is left to chance
 
 
 class Kept(NamedTuple):
@@ -107,7 +109,7 @@ def item_of(t, ticket, spec: tl.constexpr):
 
 @triton.jit
 def chunk_of(t, slot, spec: tl.constexpr):
-    at = t.plan.chunks + 4 * slot
+    at = t.plan.chunks + 5 * slot
     tensor = small(at)
     count = tl.where(takes_part(t, tensor, spec), small(at + 2), 0)
     return Chunk(slot, tensor, tl.load(at + 1), count, small(at + 3))
@@ -160,7 +162,7 @@ def row_of(t, group, spec: tl.constexpr):
 @triton.jit
 def scale_of(t, layer, factor, spec: tl.constexpr):
     """What a gradient is multiplied with: its sign, and the clip's factor."""
-    return f32(tl.load(t.given.row + 2 + layer.group * (1 + spec.width)) * factor)
+    return f32(value_of(t, 2 + layer.group * (1 + spec.width), spec) * factor)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ import torch
 
 from .forms import has_native_form, triton_form
 from .launch import STORAGE
-from .precision import words_of
 from .rule import Rule
 from .table import is_dense, rows_outermost
 
@@ -100,12 +99,6 @@ def triton_lacks(group: dict, rule: Rule, p: torch.Tensor) -> str:
     return layout_lacks(group, rule, p)
 
 
-def precision_lacks(engine: str, group: dict) -> str:
-    """Why an engine cannot keep numbers as a group's `precision` says; "" if it can."""
-    lacking = engine == "triton" and words_of(group["precision"])
-    return f"it has no precision={group['precision']!r} yet" if lacking else ""
-
-
 LACKS = {"cpu": cpu_lacks, "cuda": cuda_lacks, "triton": triton_lacks}
 
 
@@ -125,7 +118,7 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
         return _automatic(group, rule, p)
     if asked not in LACKS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *LACKS, 'reference')))}, got {asked!r}")
-    lacks = LACKS[asked](group, rule, p) or precision_lacks(asked, group)
+    lacks = LACKS[asked](group, rule, p)
     if lacks:
         raise ValueError(f"backend={asked!r} cannot serve a parameter of shape {tuple(p.shape)}: {lacks}; use 'auto'")
     return asked
@@ -133,12 +126,11 @@ def choose(group: dict, rule: Rule, p: torch.Tensor) -> str:
 
 def _automatic(group: dict, rule: Rule, p: torch.Tensor) -> str:
     engines = AUTO.get(p.device.type, ())
-    reasons = [_missing(engine, p.device) or precision_lacks(engine, group) for engine in engines]
+    reasons = [_missing(engine, p.device) for engine in engines]
     if engines and all(reasons):  # a hundredfold slower than with either
         text = f"parameters on {p.device} go to the slow reference engine. {'; '.join(reasons)}"
         warnings.warn(text, stacklevel=2)
-    able = (engine for engine in engines if not precision_lacks(engine, group))
-    return next((engine for engine in able if not LACKS[engine](group, rule, p)), "reference")
+    return next((engine for engine in engines if not LACKS[engine](group, rule, p)), "reference")
 
 
 def _missing(engine: str, device: torch.device) -> str:

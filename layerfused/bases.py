@@ -1,14 +1,13 @@
 """What `XGrad` wraps: optimizers whose steps leave predicted weights, by their own launch or in three phases."""
 
 from collections import defaultdict
-from functools import cache
 
 import torch
 
 from . import reference
 from .leading import Lead
 from .optimizer import Optimizer
-from .rule import Rule
+from .rows import keys_of
 
 TORCH = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
@@ -25,13 +24,6 @@ def base_of(optimizer) -> "Base":
         return Torchs(optimizer)
     known = "layerfused's optimizers, torch.optim.SGD, torch.optim.Adam and torch.optim.AdamW"
     raise TypeError(f"XGrad cannot wrap {type(optimizer).__module__}.{type(optimizer).__qualname__}: it knows {known}")
-
-
-@cache
-def keys_of(rule: Rule) -> tuple[str, ...]:
-    """The keys of a group that a rule's row is made from."""
-    pairs = {"beta1": "betas", "beta2": "betas", "lower": "trust_clip", "upper": "trust_clip"}
-    return tuple(dict.fromkeys(pairs.get(name, name) for name in rule.hyper))
 
 
 class Base:
@@ -106,6 +98,10 @@ class Ours(Base):
         optimizer = self.optimizer
         if getattr(optimizer, "needs_closure", False):
             raise TypeError(f"XGrad cannot wrap {type(optimizer).__name__}, whose step() evaluates the model itself")
+        if optimizer._parts.of:
+            raise TypeError("XGrad does not serve DTensor parameters yet: use the optimizer without it")
+        if optimizer._released:
+            raise ValueError("XGrad cannot wrap an optimizer that releases its gradients: remove() the release first")
         for group in optimizer.param_groups:
             if group["differentiable"]:
                 raise ValueError("XGrad cannot wrap differentiable=True: the restored weights would cut the graph")

@@ -32,16 +32,19 @@ CHOICES = {
     "product": ("finite-difference", "double-backward"),
     "backend": ("auto", "cpu", "triton", "cuda", "reference"),
 }
+TOGETHER = {"nesterov", "momentum", "dampening"}  # what `check_together` looks at
 
 
 def check_range(name: str, value, low, high, low_in: bool, high_in: bool) -> None:
-    text = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
+    if type(value) is float and low < value < high:
+        return  # schedules change hundreds of values a step, and the rest takes five times as long
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
-        if value.device.type != "cpu":
+        if not value.is_cpu:
             return  # reading it would synchronise
-        value = value.item()
+        return check_range(name, value.item(), low, high, low_in, high_in)
+    text = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in {text}, got {value!r}")
     inside = (low <= value if low_in else low < value) and (value <= high if high_in else value < high)
@@ -60,28 +63,43 @@ def check_group(group: dict, positive_eps: bool) -> None:
         ValueError, TypeError: naming the hyper-parameter, its value and its range.
     """
     for name, value in group.items():
-        if name == "eps" and positive_eps:
-            check_range(name, value, torch.finfo(torch.float32).tiny, math.inf, True, False)
-        elif name in RANGES:
-            check_range(name, value, *RANGES[name])
-        elif name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
-    if group["adapt"] not in (True, False, None):
-        raise ValueError(f"adapt must be True, False or None, got {group['adapt']!r}")
-    if "betas" in group:
-        _check_betas(group["betas"])
-    if "k" in group and (isinstance(group["k"], bool) or not isinstance(group["k"], int) or group["k"] < 0):
-        raise ValueError(f"k must be an integer >= 0, got {group['k']!r}")
-    if "trust_clip" in group:
-        trust_bounds(group["trust_clip"])
+        check_value(name, value, positive_eps)
+    check_together(group)
+
+
+def check_value(name: str, value, positive_eps: bool) -> None:
+    """Checks one hyper-parameter, as `check_group` does all of them."""
+    if name == "eps" and positive_eps:
+        check_range(name, value, torch.finfo(torch.float32).tiny, math.inf, True, False)
+    elif name in RANGES:
+        check_range(name, value, *RANGES[name])
+    elif name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
+    elif name in CHECKS:
+        CHECKS[name](value)
+
+
+def check_together(group: dict) -> None:
+    """Checks those hyper-parameters of a group that depend on each other."""
     if group.get("nesterov") and group["momentum"] == 0:
         raise ValueError("nesterov needs momentum > 0, got momentum=0")
     if group.get("nesterov") and group.get("dampening", 0) != 0:
         raise ValueError(f"nesterov needs dampening=0, got dampening={group['dampening']}")
-    check_layer(group["layer"])
-    words_of(group["precision"])
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**53:
-        raise ValueError(f"seed must be an integer in [0, 2**53), got {group['seed']!r}")
+
+
+def _check_adapt(adapt) -> None:
+    if adapt not in (True, False, None):
+        raise ValueError(f"adapt must be True, False or None, got {adapt!r}")
+
+
+def _check_k(k) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+        raise ValueError(f"k must be an integer >= 0, got {k!r}")
+
+
+def _check_seed(seed) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**53:
+        raise ValueError(f"seed must be an integer in [0, 2**53), got {seed!r}")
 
 
 def _check_betas(betas) -> None:
@@ -119,3 +137,14 @@ def check_layer(layer) -> None:
         "layer must be 'tensor', 'slices', 'group', a number of equal blocks >= 1 or a tuple of row counts >= 1, "
         f"got {layer!r}"
     )
+
+
+CHECKS = {
+    "adapt": _check_adapt,
+    "betas": _check_betas,
+    "k": _check_k,
+    "layer": check_layer,
+    "precision": words_of,
+    "seed": _check_seed,
+    "trust_clip": trust_bounds,
+}

@@ -59,7 +59,7 @@ class CpuLaunch(Launch):
     def run(self, phases: int, rows: list, max_norm: float, skipped: torch.Tensor | None = None) -> bool:
         """Runs phases of a step; False if it is skipped, and counted, because the gradient norm is not finite."""
         threads = max(1, min(torch.get_num_threads(), self._elements // PER_THREAD))
-        happened = self._native.run(phases, self._reader, array("d", chain.from_iterable(rows)), max_norm, threads)
+        happened = self._native.run(phases, self._reader, array("d", [*chain.from_iterable(rows)]), max_norm, threads)
         if phases & (Phase.APPLY | Phase.PREDICT):  # until then another phase may read them
             self._copies = []
             self._reader.release()

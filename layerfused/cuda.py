@@ -25,7 +25,7 @@ class CudaLaunch(DeviceLaunch):
     """
 
     engine = "cuda"
-    on_chip = WHOLE
+    on_chip, scales = WHOLE, True
     grad_scale = found_inf = None
 
     def __init__(self, table: Table, state: dict):

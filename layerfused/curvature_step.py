@@ -7,11 +7,13 @@ import torch
 
 from . import products
 from .backends import launch_of
+from .compiled import outside_of_graphs
 from .forms import needs_of
 from .leading import Lead
 from .optimizer import Optimizer
 from .plan import Phase
 from .rule import Rule
+from .step import Step
 from .table import Table
 from .traffic import G, P, passes, predicting, traffic
 
@@ -21,6 +23,7 @@ WHOLE_OPTIMIZERS = ("step_rule", "estimator", "product")
 # |p| over the model times this is how far away the second gradient is taken: what rounding of p leaves of the way
 REACH = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 WITHOUT = {
+    "amp_scaling": "the step size needs losses and gradients of one scale",
     "max_grad_norm": "its step sizes are bounded by max_step",
     "differentiable": "it differentiates the model itself",
 }
@@ -34,11 +37,11 @@ class Curvature(Optimizer):
     """
 
     needs_closure = True
-    takes_precision = False
+    spreads = takes_precision = False
     second: Rule
 
     def __init__(self, params, defaults: dict, options: dict, **common):
-        for name in ("max_grad_norm", "differentiable"):
+        for name in WITHOUT:
             if common.get(name):
                 raise ValueError(f"{type(self).__name__} has no {name}, got {common[name]!r}: {WITHOUT[name]}")
         self._begin()
@@ -74,9 +77,9 @@ class Curvature(Optimizer):
     def state_names(self, rule: Rule) -> tuple[str, ...]:
         return (*super().state_names(rule), self.second.scalar)
 
-    def _build(self) -> None:
+    def _build(self, agree: bool = False) -> None:
         """As the base's, and a second launch beside each, which shares steps, states and report with it."""
-        super()._build()
+        super()._build(agree)
         self._seconds = []
         for launch in self._launches:
             first = launch.table
@@ -90,6 +93,7 @@ class Curvature(Optimizer):
 
     # The step
 
+    @outside_of_graphs
     def step(self, closure: Callable | Sequence[Callable]):
         """Takes one step.
 
@@ -146,11 +150,11 @@ class Curvature(Optimizer):
     @torch.no_grad()
     def _take(self, way, launches: list) -> None:
         seconds = [self._seconds[self._launches.index(launch)] for launch in launches]
-        rows = [self._rows(launch) for launch in launches]
+        step = Step(self, launches, math.inf)
         if way.moves:
             self._hold()
-        phases = self._norm_phase(launches, rows, math.inf, None)
-        for launch, own in zip(launches, rows, strict=True):
+        phases = step.find_norm()
+        for launch, own in zip(launches, step.rows, strict=True):
             # a gradient that is not finite makes all launches of this step change nothing
             launch.run(phases & ~Phase.APPLY, own, math.inf)
         self._base = way.base

@@ -26,6 +26,8 @@ class Launch:
     """
 
     on_chip = 0  # elements up to which a layer is read and written once, whatever its sweeps
+    spread = False  # whether its layers lie on several ranks, so that their stats are exchanged before `finish`
+    scales = False  # whether it undoes GradScaler's scale, and heeds its verdict, on the device
     live = False  # whether hyper-parameters that are tensors on the device are read there
     leads, ahead = False, 0.0
 
@@ -155,11 +157,12 @@ def numbers_of(rows: list, max_norm: float, ahead: float = 1.0) -> tuple[array, 
     The address of a float64 is made odd. A number that lives on the device is 0 here.
     """
     values = [max_norm, ahead, *chain.from_iterable(rows)]
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        return array("d", values), array("q", bytes(8 * len(values)))
-    places = [_place_of(value) if isinstance(value, torch.Tensor) else 0 for value in values]
-    numbers = (0.0 if place else value for value, place in zip(values, places, strict=True))
-    return array("d", numbers), array("q", places)
+    places = array("q", bytes(8 * len(values)))
+    if any(issubclass(kind, torch.Tensor) for kind in set(map(type, values))):
+        for k, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                values[k], places[k] = 0.0, _place_of(value)
+    return array("d", values), places
 
 
 def _place_of(value: torch.Tensor) -> int:

@@ -1,27 +1,26 @@
 """The base of every optimizer here: a torch.optim.Optimizer whose step is one launch per device and variant."""
 
-from collections import defaultdict
+from operator import itemgetter
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import state_dicts
+from . import compiled, state_dicts
 from ._cpu import same
-from .backends import engines_of, launch_of
-from .checks import ANY, RANGES, check_group, check_range, trust_bounds
+from .backends import launch_of
+from .build import exchanges, find_parts, members
+from .checks import RANGES, check_group, check_range
+from .parts import is_spread
 from .plan import Phase
-from .precision import check_parameter, words_of
+from .release import Release, check
 from .reports import by_name
+from .rows import Rows
 from .rule import Rule
+from .scaling import scaling_of
+from .step import Step
 from .table import Table, check_overlap
 from .traffic import traffic
 
-HALVES = {  # what a rule's row takes out of a pair
-    "beta1": lambda group: group["betas"][0],
-    "beta2": lambda group: group["betas"][1],
-    "lower": lambda group: trust_bounds(group["trust_clip"])[0],
-    "upper": lambda group: trust_bounds(group["trust_clip"])[1],
-}
 # What the tables depend on.
 STRUCTURE = ("adapt", "layer", "backend", "differentiable", "foreach", "fused", "precision", "seed")
 
@@ -41,12 +40,21 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: let autograd see the step (reference engine).
         max_grad_norm: clip the gradients of all groups together to this norm, > 0; None: no clipping. A norm that is
             not finite turns the step into one that changes nothing and is counted in `skipped_steps`.
+        amp_scaling: let torch.amp.GradScaler's scale and its verdict on the gradients into the step, instead of a pass
+            over them before and a wait for the host after; a step with a gradient that is not finite changes nothing,
+            counts in `skipped_steps` and not in `step`.
+        norm_group: the process group over which that norm is summed, where each rank holds parameters of its own
+            (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
-        foreach, fused, capturable: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        foreach, fused: taken for tools that pass them; fused=False or foreach=True choose the reference.
+        capturable: taken for tools that pass it, and changes nothing: steps of the CUDA and Triton engines can be
+            captured in a CUDA graph with either value. A number that is a tensor on the device is read there by every
+            replay, so fill it, and do not exchange it; a plain one stays what it was in the capture.
         precision: how 16-bit parameters keep what their type cannot hold, a word or None (rounded to nearest; states in
             float32), and a group's key: "master" (steps are taken on float32 weights, `state["master"]`, of which the
             parameter is the rounded copy), "remainder" (bfloat16: the same numbers as "master", of which
-            `state["remainder"]` has the lower 16 bits), "kahan" (`state["compensation"]` is what rounding left over,
+            `state["remainder"]` has the lower 16 bits, int16; gloo and NCCL do not gather that type, so save sharded
+            states as they lie, without `full_state_dict`), "kahan" (`state["compensation"]` is what rounding left over,
             in the parameter's type), "stochastic" (up or down at random, unbiased; nothing is kept). "bf16-states",
             alone or in a pair with one of them, makes elementwise states bfloat16, the second rounded stochastically.
             What is kept follows a parameter that somebody else has written, but for writes through `.data`.
@@ -62,6 +70,9 @@ class Optimizer(torch.optim.Optimizer):
     rule: Rule
     takes_precision = True
     positive_eps = False  # True where eps stands inside of the root alone: eps=0 would divide by zero
+    spreads = True  # whether parameters may be DTensors
+    _warned = False
+    _released: Release | None = None  # while gradients are released every parameter has a launch of its own
 
     def __init__(
         self,
@@ -72,6 +83,8 @@ class Optimizer(torch.optim.Optimizer):
         differentiable: bool = False,
         backend: str = "auto",
         max_grad_norm: float | None = None,
+        norm_group=None,
+        amp_scaling: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -83,10 +96,15 @@ class Optimizer(torch.optim.Optimizer):
         check_group({**defaults, **common}, self.positive_eps)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, *RANGES["max_grad_norm"])
-        self._launches, self._tables, self._lead = None, [], None
+        if norm_group is not None and max_grad_norm is None:
+            raise ValueError("norm_group needs max_grad_norm: there is no norm to sum")
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
+        self.norm_group = norm_group
         super().__init__(params, {**defaults, **common})
-        self.defaults["max_grad_norm"] = max_grad_norm
-        self._build()
+        self.defaults |= {"max_grad_norm": max_grad_norm, "amp_scaling": amp_scaling}
+        self._build(agree=True)
+
+    _step_supports_amp_scaling = property(lambda self: self.defaults["amp_scaling"])  # what GradScaler looks for
 
     # Groups and states
 
@@ -109,20 +127,24 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor does; the optimizer is then as it was.
         """
-        if isinstance(group, dict) and "max_grad_norm" in group:
-            raise ValueError("max_grad_norm is the whole optimizer's: pass it to the constructor, not to a group")
+        for key in ("max_grad_norm", "norm_group", "amp_scaling") if isinstance(group, dict) else ():
+            if key in group:  # ZeroRedundancyOptimizer puts all that it is given into groups, and those into its state
+                raise ValueError(
+                    f"{key} is the whole optimizer's: pass it to the constructor, not to a group (of "
+                    f"ZeroRedundancyOptimizer: functools.partial({type(self).__name__}, {key}=...))"
+                )
         before, built = len(self.param_groups), self._launches is not None
         super().add_param_group(group)
         try:
             self._check_group(self.param_groups[-1])
             if built:
-                self._build()
+                self._build(agree=True)
         except BaseException:
             del self.param_groups[before:]
             raise
 
     def _check_group(self, group: dict) -> None:
-        group.pop("max_grad_norm", None)
+        group.pop("max_grad_norm", None), group.pop("amp_scaling", None)
         check_group(group, self.positive_eps)
         rule = self.rule_of(group)
         if group["adapt"] is None:
@@ -134,42 +156,43 @@ class Optimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"parameter of dtype {p.dtype} and shape {tuple(p.shape)}: a real floating-point type is needed"
                 )
-            if is_traceable_wrapper_subclass(p):
-                raise TypeError(
-                    f"{type(p).__name__} parameters (sharded or quantised) are not supported by this version"
-                )
+            if is_traceable_wrapper_subclass(p) and not (is_spread(p) and self.spreads):
+                raise TypeError(f"{type(self).__name__} does not take parameters that are a {type(p).__name__}")
             if p.layout != torch.strided:
                 raise ValueError(f"parameter with layout {p.layout} is not supported: use a dense one")
 
-    def _build(self) -> None:
+    def _build(self, agree: bool = False) -> None:
         """Makes tables and launches, the states that are missing, and drops those of parameters that left.
 
         Everything is checked before `state` is touched.
+
+        Args:
+            agree: compare with the other ranks what they hold; only where all of them come at once.
         """
-        self._launches, self._valid = None, {}
+        self._launches, self._rows_of, self._groups = None, {}, list(self.param_groups)
+        if self._released:
+            check(self)
+        reports = self._reports()
         self._params = [p for group in self.param_groups for p in group["params"]]
-        check_overlap(self._params)
-        members = defaultdict(dict)  # of each launch: group number -> parameters
-        for number, group in enumerate(self.param_groups):
-            rule = self.rule_of(group)
-            if rule.needs_adapt and not group["adapt"]:
-                raise ValueError(f"adapt=False leaves nothing of {type(self).__name__}: use adapt=True (or adapt=None)")
-            words = self._words(group)
-            for p, engine in zip(group["params"], engines_of(group, rule), strict=True):
-                variant = launch_of(engine).variant(p, self.state.get(p, {}), rule, words)
-                members[engine, p.device, rule, variant].setdefault(number, []).append(p)
-            if group["layer"] == "group" and rule.layerwise and sum(number in lists for lists in members.values()) > 1:
-                raise ValueError("layer='group' needs states of one type on this engine: load them alike, or cast them")
-        tables, entries = [], {p: dict(self.state.get(p, {})) for p in self._params}
-        reports, numbers = self._reports(), {p: i for i, p in enumerate(self._params)}
-        for (engine, _, rule, _), lists in members.items():
+        self._parts = parts = find_parts(self, agree)
+        self._spreads = bool(parts.of)
+        check_overlap([parts.here(p) for p in self._params])
+        entries = {p: dict(self.state.get(p, {})) for p in self._params}
+        taken = parts.taken(entries)
+        tables = []
+        for (engine, _, rule, _, share, _), lists in members(self, taken).items():
             groups = [self.param_groups[number] for number in lists]
-            tables.append((engine, Table(rule, groups, list(lists.values()), numbers)))
-            tables[-1][1].adopt(entries)
-            tables[-1][1].recall(reports)
+            table = Table(rule, groups, list(lists.values()), parts)
+            table.adopt(taken)
+            table.recall({parts.here(p): report for p, report in reports.items() if p in entries})
+            tables.append((engine, share, table))
+        parts.put(taken, entries)
         self._keep(entries)
-        self._tables = [table for _, table in tables]
-        self._launches = [launch_of(engine)(table, self.state) for engine, table in tables]
+        parts.watch(self.state)
+        self._states = {parts.here(p): taken[parts.here(p)] if p in parts.of else own for p, own in self.state.items()}
+        self._tables = [table for *_, table in tables]
+        self._launches = [launch_of(engine)(table, self._states) for engine, _, table in tables]
+        self._exchanges = exchanges(parts, zip(self._launches, (share for _, share, _ in tables), strict=True))
         if self._lead:
             self._lead.guide(self._launches)
         self._entries, self._structure = list(self.state.values()), self._look()
@@ -181,17 +204,8 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm.copy_(last)
         if not hasattr(self, "skipped_steps"):
             self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-
-    def _words(self, group: dict) -> tuple[str, ...]:
-        """The words of a group's `precision`, fit for its parameters."""
-        words = words_of(group["precision"])
-        if words and (self._lead or not self.takes_precision or group["differentiable"]):
-            what = "XGrad" if self._lead else type(self).__name__
-            what = "differentiable=True" if group["differentiable"] else what
-            raise ValueError(f"{what} needs precision=None, got {group['precision']!r}")
-        for p in group["params"]:
-            check_parameter(words, p)
-        return words
+        if self._released:
+            self._released.follow()
 
     def _keep(self, entries: dict) -> None:
         """Puts checked entries into `state`, whose dicts stay the objects they were."""
@@ -206,19 +220,22 @@ class Optimizer(torch.optim.Optimizer):
         found = {}
         for table in self._tables:
             report = table.report.cpu()
-            found.update((p, report[numbers]) for p, numbers in zip(table.params, table.layers_of(), strict=True))
+            params = map(self._parts.param, table.params)
+            found.update((p, report[numbers]) for p, numbers in zip(params, table.layers_of(), strict=True))
         return found
 
     def _look(self) -> list:
-        return [(*(group[key] for key in STRUCTURE), self.rule_of(group)) for group in self.param_groups]
+        return [*map(itemgetter(*STRUCTURE), self.param_groups), *map(self.rule_of, self.param_groups)]
 
     def _current(self) -> list:
         """The launches, built anew if groups, parameters or states were exchanged."""
         if (
             self._launches is None
+            or not same(self.param_groups, self._groups)
             or not same([p for group in self.param_groups for p in group["params"]], self._params)
             or not same(list(self.state.values()), self._entries)
             or self._look() != self._structure
+            or self._parts.changed()
         ):
             self._build()
         return self._launches
@@ -226,7 +243,10 @@ class Optimizer(torch.optim.Optimizer):
     # The step
 
     def step(self, closure=None, *, grad_norm: torch.Tensor | float | None = None):
-        """Takes one step.
+        """Takes one step. In code under torch.compile it is one operator, which looks up all numbers when it runs.
+
+        With sharded parameters, or a `norm_group`, all ranks step together: where one does not, or raises, the others
+        wait until their group's timeout. Ranks have to agree in which parameters have gradients.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -243,41 +263,39 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        launches = self._read()
-        rows = [self._rows(launch) for launch in launches]
-        max_norm = self.defaults["max_grad_norm"] or 0.0
+        if torch.compiler.is_compiling():
+            compiled.step(self, grad_norm)
+        else:
+            self._step(grad_norm)
+        return loss
+
+    def _step(self, grad_norm: torch.Tensor | float | None) -> None:
+        launches, max_norm = self._read(), self.defaults["max_grad_norm"] or 0.0
         if max_norm:
             check_range("max_grad_norm", max_norm, *RANGES["max_grad_norm"])
-        phases = self._norm_phase(launches, rows, max_norm, grad_norm)
-        if len(launches) > 1:
-            for launch, own in zip(launches, rows, strict=True):
-                launch.prepare(phases, own, max_norm)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            skipped = self.skipped_steps  # all launches skip together, and the first counts it
-            for launch, own in zip(launches, rows, strict=True):
-                if launch.run(phases, own, max_norm, skipped):
-                    torch.autograd.graph.increment_version(launch.written())
-                launch.table.note_rests()
-                skipped = None
-        return loss
+            Step(self, launches, max_norm, scaling_of(self)).take(grad_norm)
+        self._parts.release()
 
     def _read(self) -> list:
         """Launches that have read and checked every address."""
         launches = self._current()
         try:
+            self._parts.read()
             if not all([launch.read() for launch in launches]):  # shapes, types, devices or states changed
                 self._build()
+                self._parts.read()
                 launches = self._launches
                 if not all([launch.read() for launch in launches]):
                     raise RuntimeError("parameters change while the optimizer reads them: step() needs them at rest")
             elif any(launch.moved for launch in launches):
-                check_overlap(self._params)
+                check_overlap([self._parts.here(p) for p in self._params])
         except BaseException:
             self._launches = None  # what was wrong must be looked at again
             raise
         for launch in launches:
             launch.table.check_rests()
-        return [launch for launch in launches if launch.absent < len(launch.table.params)]
+        return [launch for launch in launches if launch.spread or launch.absent < len(launch.table.params)]
 
     def _predict(self) -> None:
         """Writes predicted weights where `self._lead` says, for all parameters, from what lies in memory."""
@@ -288,53 +306,37 @@ class Optimizer(torch.optim.Optimizer):
 
     def _rows(self, launch) -> list[tuple]:
         """A row per group of the launch's table: the gradient's sign, then what the rule's row holds."""
-        rows, table = [], launch.table
-        device = table.step.device if launch.live else None
-        for group in table.groups:
-            values = [self._value(group, key, device) for key in table.rule.hyper]
-            seen = [id(value) if isinstance(value, torch.Tensor) else value for value in values]
-            if seen != self._valid.get(id(group)):
-                check_group(group, self.positive_eps)
-                self._valid[id(group)] = seen
-            rows.append((-1.0 if group["maximize"] else 1.0, *values))
-        return rows
+        if launch not in self._rows_of:
+            table = launch.table
+            self._rows_of[launch] = Rows(table, table.step.device if launch.live else None)
+        return self._rows_of[launch].read(self)
 
-    def _value(self, group: dict, key: str, device: torch.device | None):
-        """One number of a group's row; a tensor stays one where autograd, or the kernel on `device`, is to see it."""
-        if key in HALVES:
-            value = HALVES[key](group)
-        else:
-            value = group[key] if key in group else getattr(self, key)
-        if isinstance(value, torch.Tensor) and not group["differentiable"] and value.device != device:
-            check_range(key, value, *RANGES.get(key, ANY))
-            return float(value)
-        if isinstance(value, torch.Tensor) and device and value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{key} on the device must be float32 or float64, got {value.dtype}")
-        return value
+    def release_gradients(self) -> Release:
+        """Steps each parameter inside of `backward()`, as soon as its gradient is there, and lets that go.
 
-    def _norm_phase(self, launches: list, rows: list, max_norm: float, given) -> int:
-        """The phases left to run, with every launch's norm in place."""
-        if given is not None:
-            if not max_norm:
-                raise ValueError("grad_norm needs max_grad_norm: pass max_grad_norm to the constructor")
-            if torch.as_tensor(given).numel() != 1:
-                raise ValueError(f"grad_norm must have one element, got shape {tuple(torch.as_tensor(given).shape)}")
-            if (not isinstance(given, torch.Tensor) or given.device.type == "cpu") and float(given) < 0:
-                raise ValueError(f"grad_norm must be >= 0, got {float(given)}")
-            self.grad_norm.copy_(torch.as_tensor(given).reshape(()), non_blocking=True)
-        elif not max_norm:
-            return Phase.STEP & ~Phase.NORM
-        elif not launches:  # nothing has a gradient
-            self.grad_norm.zero_()
-        elif len(self._launches) == 1:
-            return Phase.STEP
-        else:
-            for launch, own in zip(launches, rows, strict=True):
-                launch.run(Phase.NORM, own, max_norm)
-            self.grad_norm.copy_(torch.stack([launch.norm.to(self.grad_norm.device) for launch in launches]).norm())
-        for launch in launches:
-            launch.norm.copy_(self.grad_norm)
-        return Phase.STEP & ~Phase.NORM
+        What is gained is memory: gradients of one or two parameters exist at a time. The numbers are those of ordinary
+        training, bit for bit. `step()` is still to be called after `backward()`, for schedulers and hooks; it steps
+        what was given a gradient by hand, and nothing else. An error in `backward()` leaves the parameters before it
+        stepped. A copy of the optimizer, and an unpickled one, keeps its gradients.
+
+        Every backward pass is a step: gradients cannot be accumulated over several (a parameter that segments of
+        reentrant checkpointing share gets a step from each), clipped or scaled (GradScaler). DistributedDataParallel
+        reduces gradients after these steps; `step()` raises when it finds out.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+
+        Raises:
+            ValueError: where a step needs more than one parameter's gradient (max_grad_norm, layer="group" over several
+                tensors), the gradients afterwards (differentiable=True, XGrad) or the model (curvature), for sharded
+                parameters, and if gradients are released already.
+        """
+        if self._released:
+            raise ValueError("gradients are released already: remove() that handle first")
+        self._current()  # what is wrong without releasing is told before anything changes
+        self._released = Release(self)
+        self._build()
+        return self._released
 
     # What it tells
 
@@ -354,7 +356,7 @@ class Optimizer(torch.optim.Optimizer):
             Keys are the parameters' names if the optimizer was built from named parameters, else "group.index".
         """
         self._current()
-        return by_name(self.param_groups, self._tables)
+        return by_name(self.param_groups, self._tables, self._parts.here)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that one step moves when every parameter has a gradient, by the plan's own count, and its launches.
@@ -365,7 +367,7 @@ class Optimizer(torch.optim.Optimizer):
             is found in a cache is the machine's affair); "launches": native calls.
         """
         counts = [
-            traffic(launch.table, self.state, bool(self.defaults["max_grad_norm"]), launch.on_chip, launch.leads)
+            traffic(launch.table, self._states, bool(self.defaults["max_grad_norm"]), launch.on_chip, launch.leads)
             for launch in self._current()
         ]
         totals = {key: sum(count[key] for count in counts) for key in ("compulsory", "requested")}
@@ -400,4 +402,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._launches, self._tables, self._lead = None, [], None
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._launches, self._tables, self._lead, self._number = None, [], None, compiled.number_of(self)
+        self.norm_group, self._spreads = None, any(map(is_spread, self._params))

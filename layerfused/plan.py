@@ -26,20 +26,32 @@ class Phase:
 
 
 class Span(NamedTuple):
-    """`count` elements of tensor number `tensor`, from `start` on."""
+    """`count` elements of tensor number `tensor`, from `start` on.
+
+    They stand for `elements` of their layer: for more than there are where the rest lies on other ranks. None: `count`.
+    """
 
     tensor: int
     start: int
     count: int
+    elements: int | None = None
+
+    @property
+    def stands_for(self) -> int:
+        return self.count if self.elements is None else self.elements
 
 
 class Chunk(NamedTuple):
-    """A span of one layer that is worked on at once; its index is the slot of its partial sums."""
+    """A span of one layer that is worked on at once; its index is the slot of its partial sums.
+
+    The first chunk of a span stands for all of its layer's elements that are not here.
+    """
 
     tensor: int
     start: int
     count: int
     layer: int
+    elements: int
 
 
 class Layer(NamedTuple):
@@ -138,9 +150,9 @@ def make_plan(layers: Iterable[LayerSpec], *, chunk: int, whole: int, ahead: int
     for number, spec in enumerate(layers):
         layer = _add_layer(plan, spec, number, chunk)
         chunks = range(layer.first, layer.first + layer.chunks)
-        if not spec.stats or (layer.chunks == 1 and layer.elements <= whole):
+        if not spec.stats or (layer.chunks == 1 and plan.chunks[layer.first].count <= whole):
             work += [Item(Kind.WHOLE, number)] if spec.stats else [Item(Kind.APPLY, c) for c in chunks]
-            reduced += layer.elements
+            reduced += sum(span.count for span in spec.spans)
             work += _due(waiting, reduced - ahead)
             continue
         for c in chunks:
@@ -168,8 +180,9 @@ def _add_layer(plan: Plan, spec: LayerSpec, number: int, chunk: int) -> Layer:
         # an empty span still gets a chunk: its tensor counts steps and its layer is finished like any other
         for start in range(span.start, span.start + max(span.count, 1), chunk):
             count = min(chunk, span.start + span.count - start)
-            plan.chunks.append(Chunk(span.tensor, start, count, number))
-    elements = sum(span.count for span in spec.spans)
+            elsewhere = span.stands_for - span.count if start == span.start else 0
+            plan.chunks.append(Chunk(span.tensor, start, count, number, count + elsewhere))
+    elements = sum(span.stands_for for span in spec.spans)
     layer = Layer(spec.group, first, len(plan.chunks) - first, elements, int(spec.stats), state, len(tensors))
     plan.layers.append(layer)
     return layer

@@ -52,11 +52,11 @@ def rest_dtype(name: str, p: torch.Tensor) -> torch.dtype:
     return {"master": torch.float32, "remainder": torch.int16}.get(name, p.dtype)
 
 
-def place_of(p: torch.Tensor, number: int) -> int:
-    """Where the noise for a parameter comes from: `number` is its own in the optimizer; the lowest bit is for v."""
-    return shard_of(p) << 32 | 2 * number
+def place_of(number: int, shard: int = 0) -> int:
+    """Where the noise for a parameter comes from; the lowest bit is for v.
 
-
-def shard_of(p: torch.Tensor) -> int:
-    """Which part of a parameter lies here, so that no two parts draw the same noise."""
-    return 0
+    Args:
+        number: the parameter's own in the optimizer.
+        shard: which part of it lies here, so that no two parts draw the same noise.
+    """
+    return shard << 32 | 2 * number

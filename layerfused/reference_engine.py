@@ -16,7 +16,7 @@ class ReferenceLaunch:
     """Plain torch, layer by layer: slow, exact, differentiable."""
 
     engine = "reference"
-    live, on_chip, leads = False, 0, False
+    live, on_chip, leads, spread, scales = False, 0, False, False, False
     variant = staticmethod(lambda p, entries, rule, words: ())
 
     def __init__(self, table: Table, state: dict):

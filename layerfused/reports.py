@@ -3,8 +3,11 @@
 from .table import Table
 
 
-def by_name(groups: list[dict], tables: list[Table]) -> dict[str, dict]:
-    """The reports of all layers: parameter name (or "group.index") -> report name -> float, or list if it is cut."""
+def by_name(groups: list[dict], tables: list[Table], here) -> dict[str, dict]:
+    """The reports of all layers: parameter name (or "group.index") -> report name -> float, or list if it is cut.
+
+    `here` gives what tables hold for a parameter.
+    """
     found = {}
     for table in tables:
         report = table.report.tolist()
@@ -12,7 +15,7 @@ def by_name(groups: list[dict], tables: list[Table]) -> dict[str, dict]:
             columns = {name: [report[n][k] for n in layers] for k, name in enumerate(table.rule.report)}
             found[p] = {name: c[0] if len(c) == 1 else c for name, c in columns.items()}
     params = [p for group in groups for p in group["params"]]
-    return {name: found[p] for name, p in zip(names_of(groups), params, strict=True)}
+    return {name: found[here(p)] for name, p in zip(names_of(groups), params, strict=True)}
 
 
 def names_of(groups: list[dict]) -> list[str]:

@@ -40,9 +40,14 @@ class SGD(Optimizer):
         return self.rule if group["momentum"] else self.plain
 
     def state_dict(self):
-        """As `Optimizer.state_dict`; a buffer not filled yet is None, or torch's SGD would damp its first step."""
+        """As `Optimizer.state_dict`; a buffer not filled yet is None where torch's would damp its first step.
+
+        Elsewhere its zeros do as well, and torch.distributed.checkpoint needs a tensor to load into.
+        """
         saved = super().state_dict()
-        for key, own in saved["state"].items():
-            if isinstance(own, dict) and "momentum_buffer" in own and not own["step"]:
+        damped = {key for group in saved["param_groups"] if group["dampening"] for key in group["params"]}
+        for key in damped & saved["state"].keys():
+            own = saved["state"][key]
+            if "momentum_buffer" in own and not own["step"]:
                 saved["state"][key] = {**own, "momentum_buffer": None}
         return saved

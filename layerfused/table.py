@@ -1,7 +1,7 @@
 """The table of one launch: which tensors it takes, how they are cut into layers, and where its results go."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -21,6 +21,8 @@ def state_dtype(parameter: torch.Tensor, words: Sequence[str] = ()) -> torch.dty
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gap or overlap, in whatever order."""
+    if not tensor.numel():
+        return True  # whatever its strides: an empty shard of columns has those of the whole
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -39,6 +41,11 @@ def rows_outermost(tensor: torch.Tensor) -> bool:
 class Table:
     """Parameters of one rule on one device, with their layers and what every engine writes for them.
 
+    Args:
+        rule, groups: the rule and the parameter groups.
+        members: the parameters, group by group.
+        parts: the `Parts` that say what these tensors are in the optimizer; None: each is whole, and numbered as here.
+
     Attributes:
         members: the parameters, group by group.
         params: the same in one list.
@@ -52,21 +59,15 @@ class Table:
         report: float64 [layers, len(rule.report)], overwritten by every step.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        groups: list[dict],
-        members: Sequence[Sequence[torch.Tensor]],
-        numbers: dict[torch.Tensor, int] | None = None,
-    ):
-        """`numbers`: of each parameter its own in the optimizer; None: its own here."""
+    def __init__(self, rule: Rule, groups: list[dict], members: Sequence[Sequence[torch.Tensor]], parts=None):
         self.rule, self.groups, self.members = rule, groups, members
+        self._spans = parts.spans if parts else whole_spans
         self.params = [p for params in members for p in params]
         self.words = [words_of(g["precision"]) for g, params in zip(groups, members, strict=True) for _ in params]
         self.rests = [rest_of(words, p.dtype) for words, p in zip(self.words, self.params, strict=True)]
         self.seeds = [group["seed"] for group, params in zip(groups, members, strict=True) for _ in params]
         self._kept = []  # of the parameters with a rest: itself, rest, way, and when they belonged together
-        self.places = [place_of(p, numbers[p] if numbers else i) for i, p in enumerate(self.params)]
+        self.places = [parts.place(p) if parts else place_of(i) for i, p in enumerate(self.params)]
         self.layers, self.slots, self.layer_slots = [], [], []
         first = 0
         for number, (group, params) in enumerate(zip(groups, members, strict=True)):
@@ -83,20 +84,17 @@ class Table:
         stats = rule.layerwise and group["adapt"]
         slot = self.slots[-1].stop if self.slots else 0
         if layer == "group" and rule.layerwise and params:
-            spans = tuple(Span(first + i, 0, p.numel()) for i, p in enumerate(params))
+            spans = tuple(self._spans(i, p, "tensor")[0][0] for i, p in enumerate(params, first))
             self.layers.append(LayerSpec(spans, number, stats))
             self.slots += [range(slot + i, slot + i + 1) for i in range(len(params))]
             self.layer_slots.append(range(slot, slot + len(params)))
             return
-        for i, p in enumerate(params):
-            sizes = cut_rows(p.shape, layer if rule.layerwise else "tensor")
-            start = 0
-            for k, size in enumerate(sizes, slot):
-                self.layers.append(LayerSpec((Span(first + i, start, size),), number, stats))
-                self.layer_slots.append(range(k, k + 1))
-                start += size
-            self.slots.append(range(slot, slot + len(sizes)))
-            slot += len(sizes)
+        for i, p in enumerate(params, first):
+            cut = self._spans(i, p, layer if rule.layerwise else "tensor")
+            self.layers += [LayerSpec(tuple(spans), number, stats) for spans in cut]
+            self.layer_slots += [range(k, k + 1) for k in range(slot, slot + len(cut))]
+            self.slots.append(range(slot, slot + len(cut)))
+            slot += len(cut)
 
     def adopt(self, state: dict) -> None:
         """Makes the entries of `state` that are missing, and gathers steps and layer scalars into packed tensors.
@@ -176,18 +174,25 @@ class Table:
         """Per parameter, the numbers of the layers that it has a part in."""
         numbers = [[] for _ in self.params]
         for number, spec in enumerate(self.layers):
-            for span in spec.spans:
-                numbers[span.tensor].append(number)
+            for tensor in {span.tensor for span in spec.spans}:
+                numbers[tensor].append(number)
         return numbers
 
     def check_steps(self) -> None:
         """Raises ValueError if the tensors of one layer have not taken the same number of steps."""
         for spec in self.layers:
-            if len(spec.spans) == 1:
+            tensors = {span.tensor for span in spec.spans}
+            if len(tensors) == 1:
                 continue  # agrees with itself; reading it would synchronise
-            steps = {float(self.step[span.tensor]) for span in spec.spans}
+            steps = {float(self.step[tensor]) for tensor in tensors}
             if len(steps) > 1:
                 raise ValueError(f"the tensors of a layer='group' must agree in step, got {sorted(steps)}")
+
+
+def whole_spans(number: int, tensor: torch.Tensor, layer) -> list[list[Span]]:
+    """The layers of a tensor that is all here: one span each."""
+    sizes = cut_rows(tensor.shape, layer)
+    return [[Span(number, end - size, size)] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def fitting_state(old: torch.Tensor | None, p: torch.Tensor, name: str, words: Sequence[str] = ()) -> torch.Tensor:

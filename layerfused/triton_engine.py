@@ -3,6 +3,7 @@
 from array import array
 from contextlib import nullcontext
 from functools import cache
+from itertools import chain
 
 import torch
 import triton.language as tl
@@ -11,6 +12,7 @@ from .forms import triton_form
 from .kernels import INTERPRETED, Spec, engine, tables
 from .launch import STORAGE, DeviceLaunch, numbers_of
 from .plan import Phase, make_plan
+from .precision import STOCHASTIC, ways_of
 from .table import Table, state_dtype
 
 TILE = 1024  # elements in registers at once, a power of 2; a layer of up to so many is read once and written once
@@ -31,8 +33,8 @@ class TritonLaunch(DeviceLaunch):
     def __init__(self, table: Table, state: dict):
         self._form = triton_form(table.rule)
         super().__init__(table, state, self._form.sums + self._form.minima)
-        alike = self.variant(table.params[0], self._entries[0], table.rule, table.words[0])
-        self._storage = [TYPES[dtype] for dtype in alike]
+        *types, p_way, v_way = self.variant(table.params[0], self._entries[0], table.rule, table.words[0])
+        self._storage, self._ways = [TYPES[dtype] for dtype in types], (p_way, 0, 0, v_way)
         self.on_chip = TILE
         self._mixed = not all(spec.stats for spec in table.layers)
         self._compiled = set()
@@ -42,9 +44,10 @@ class TritonLaunch(DeviceLaunch):
 
     @staticmethod
     def variant(p: torch.Tensor, entries: dict, rule, words: tuple[str, ...]) -> tuple:
-        """What must be alike in one launch: the storage types of p, m and v."""
+        """What must be alike in one launch: the storage types of p, m and v, and the ways of p and v."""
         states = [entries[name].dtype if name in entries else state_dtype(p, words) for name in rule.states]
-        return (p.dtype, *(*states, torch.float32, torch.float32)[:2])
+        types = (p.dtype, *(*states, torch.float32, torch.float32)[:2])
+        return *types, *ways_of(words, p.dtype, types[2])
 
     def _make_plan(self) -> None:
         table, layers = self.table, len(self.table.layers)
@@ -64,7 +67,8 @@ class TritonLaunch(DeviceLaunch):
         """One stretch of memory for all that the host says, so that one copy brings it to the device."""
         tensors, layers = len(self.table.params), len(self.table.layers)
         row = 2 + len(self.table.groups) * (1 + len(self.table.rule.hyper))
-        sizes = (4 * tensors, tensors, layers, row, row, tensors * self.leads)
+        halves, drawn = self.table.rests[0] is not None, STOCHASTIC in self._ways
+        sizes = (4 * tensors, tensors, layers, row, row, tensors * self.leads, tensors * halves, 2 * tensors * drawn)
         begins = [0]
         for size in sizes:
             begins.append(begins[-1] + size + size % 2)  # each at a multiple of 16 bytes
@@ -73,7 +77,11 @@ class TritonLaunch(DeviceLaunch):
         self._device = torch.zeros_like(self._host_tensor, device=self.device)
         view, parts = memoryview(self._host), list(zip(begins, sizes, strict=False))
         here = [view[begin : begin + size] for begin, size in parts]
-        self._addresses, self._counted, self._elements, self._row, self._place, self._ahead = here
+        self._addresses, self._counted, self._elements, self._row, self._place, self._ahead, rests, noise = here
+        if halves:
+            rests[:] = self.rests
+        if drawn:
+            noise[:] = array("q", chain.from_iterable(zip(self.seeds, self.places, strict=True)))
         there = [self._device[begin : begin + size] for begin, size in parts]
         there[3] = there[3].view(torch.float64)
         self._given, self._sent, self._present = tables.Given(*there), b"", None
@@ -109,7 +117,7 @@ class TritonLaunch(DeviceLaunch):
         """Elements per layer that take part in this step, and which tensors count it."""
         counted = [0] * len(present)
         for number, spec in enumerate(self.table.layers):
-            taking = [span.count for span in spec.spans if present[span.tensor]]
+            taking = [span.stands_for for span in spec.spans if present[span.tensor]]
             self._elements[number] = sum(taking) if taking else -1
             for span in spec.spans:
                 counted[span.tensor] |= bool(taking)
@@ -137,7 +145,7 @@ class TritonLaunch(DeviceLaunch):
         g = tl.float32 if phases & Phase.PREDICT else self._gradients  # not looked at
         leads = self.leads and phases & (Phase.APPLY | Phase.PREDICT) != 0
         rest = TILE, phases, clip, live, bool(rule.scalar), self._mixed, leads
-        return spec_of(self._form, rule.hyper, (p, g, *states), *rest)
+        return spec_of(self._form, rule.hyper, (p, g, *states), *rest, self._ways)
 
     def _launch(self, table: tables.Table, spec: Spec) -> None:
         grid = (min(self._items, programs(self.device)),)

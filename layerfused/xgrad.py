@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from .bases import base_of
+from .compiled import outside_of_graphs
 from .model_hooks import attach
 from .reports import names_of
 
@@ -41,8 +42,9 @@ class XGrad(torch.optim.Optimizer):
         optimizer: one of this package, without `differentiable` and, if SGD, with momentum; or torch.optim's SGD (with
             momentum), Adam or AdamW without amsgrad, for which a step takes a dozen launches more and two copies.
         steps: steps ahead, an int >= 1.
-        model: the module whose forward pass is to see fresh predictions. A copy of it, and an unpickled one, is on its
-            own.
+        model: the module whose forward pass is to see fresh predictions: one that is called, so of a LightningModule,
+            whose `training_step()` is called instead, the network inside. A copy of it, and an unpickled one, is on
+            its own.
 
     Memory: one copy of the parameters, made at the first step and no part of `state_dict()`.
 
@@ -91,6 +93,7 @@ class XGrad(torch.optim.Optimizer):
 
     # The step
 
+    @outside_of_graphs
     def step(self, closure=None, **options):
         """Takes one step from the true weights, and leaves predicted ones (after `eval()` true ones) behind.
 
@@ -114,11 +117,16 @@ class XGrad(torch.optim.Optimizer):
         def mine(optimizer):
             return me() if optimizer._xgrad is me else None  # another one may have taken over
 
+        @outside_of_graphs
         def before_step(optimizer, args, options):
             return mine(optimizer) and mine(optimizer)._before_step(args, options)
 
+        @outside_of_graphs
+        def after_step(optimizer, *_):
+            return mine(optimizer) and mine(optimizer)._after_step()
+
         self.optimizer.register_step_pre_hook(before_step)
-        self.optimizer.register_step_post_hook(lambda optimizer, *_: mine(optimizer) and mine(optimizer)._after_step())
+        self.optimizer.register_step_post_hook(after_step)
         self.optimizer.register_load_state_dict_post_hook(lambda o: mine(o) and mine(o)._after_loading())
 
     def _before_step(self, args: tuple, options: dict) -> tuple:

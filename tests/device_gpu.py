@@ -14,6 +14,7 @@ from layerfused.backends import cuda_is_missing, unserved_gpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
+DRAWN = {"dtype": torch.bfloat16, "precision": ("stochastic", "bf16-states")}
 SIZES = (5, 1000, 1024, 1025, 0, 70_001, 300_000, 4097)  # whole, one chunk, many
 
 
@@ -23,10 +24,10 @@ def give(params, grads):
         p.grad = g
 
 
-def built(engine, name, **more):
-    params = parameters(there(starts(SIZES)))
+def built(engine, name, dtype=torch.float32, **more):
+    params = parameters(there(x.to(dtype) for x in starts(SIZES)))
     opt = engine.make(name, mixed(name)(params), **more)
-    give(params, next(tame(SIZES, 1)))
+    give(params, [g.to(dtype) for g in next(tame(SIZES, 1))])
     return opt, params
 
 
@@ -42,10 +43,12 @@ def test_a_step_is_one_launch(name, engine):
     assert calls == {"launches": 1, "memcpys": 0, "memsets": 0}
 
 
+@pytest.mark.parametrize("stored", [{}, DRAWN], ids=["float32", "stochastic"])
 @RULES
-def test_a_replayed_graph_gives_the_bits_of_eager_steps(name, engine):
-    eager, _ = built(engine, name, max_grad_norm=1.0)
-    opt, _ = built(engine, name, max_grad_norm=1.0)
+def test_a_replayed_graph_gives_the_bits_of_eager_steps(name, stored, engine):
+    """Noise goes on with the steps: their number is on the device."""
+    eager, _ = built(engine, name, max_grad_norm=1.0, **stored)
+    opt, _ = built(engine, name, max_grad_norm=1.0, **stored)
     for _ in range(5):
         eager.step()
     opt.step()

@@ -197,3 +197,23 @@ def test_lr_of_a_type_that_the_kernel_does_not_read(dtype, engine):
     opt.param_groups[1]["lr"] = lr.float()
     opt.step()
     assert [opt.state[p]["step"] for p in params] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("clip", [None, 20.0], ids=str)
+@pytest.mark.parametrize("name", ["lamb", "adam-decay", "novograd-decay"])
+def test_gradscaler(name, clip, engine):
+    """Its scale leaves no trace, a gradient that is not finite makes the step one that changes nothing."""
+    plain, _ = engine.train(name, starts(SIZES), tame(SIZES, 2), max_grad_norm=clip)
+    opt, params = engine.train(name, starts(SIZES), [], max_grad_norm=clip, amp_scaling=True)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
+    sequence = [*tame(SIZES, 2)]
+    for grads in (sequence[0], [g * float("inf") for g in sequence[0]], sequence[1]):
+        scaler.scale(torch.zeros((), device=DEVICE))
+        for p, g in zip(params, there(grads), strict=True):
+            p.grad = g * scaler.get_scale()
+        scaler.step(opt)
+        scaler.update()
+    same_bits(written(opt), written(plain))
+    assert int(opt.skipped_steps) == 1 and scaler.get_scale() == 2.0**9
+    if clip:
+        torch.testing.assert_close(opt.grad_norm, plain.grad_norm, rtol=1e-12, atol=0)

@@ -16,8 +16,9 @@ def layer_lists(draw):
         for _ in range(draw(st.sampled_from([1, 1, 1, 3]))):
             if draw(st.booleans()):  # else the next layer of the same tensor
                 tensor, start = tensor + 1, 0
-            spans.append(Span(tensor, start, draw(st.integers(0, 40))))
-            start += spans[-1].count
+            count, elsewhere = draw(st.integers(0, 40)), draw(st.sampled_from([None, 0, 100]))
+            spans.append(Span(tensor, start, count, elsewhere if elsewhere is None else count + elsewhere))
+            start += count
         specs.append(LayerSpec(tuple(spans), number % 2, draw(st.sampled_from([True, True, False]))))
     return specs
 

@@ -71,6 +71,16 @@ def test_parse_refuses(text):
         spec.parse(text)
 
 
+@pytest.mark.parametrize("text", ["groups+LAMB", "xgrad+groups+AdamW", "clip+groups+torch.AdamW:fused"])
+def test_a_group_for_each_tensor(text):
+    params = parameters([(5, 3), (), (2,)], torch.float32, "cpu")
+    contender = Contender.build(spec.parse(text), params)
+    before = [group["lr"] for group in contender.opt.param_groups]
+    contender.step()
+    after = [group["lr"] for group in contender.opt.param_groups]
+    assert len(before) == 3 and after == before and not any(a is b for a, b in zip(after, before, strict=True))
+
+
 def test_unknown_class_is_an_error():
     with pytest.raises(ValueError, match=r"torch.optim has no optimizer 'Nadamax'"):
         spec.build(spec.parse("torch.Nadamax"), [torch.zeros(1, requires_grad=True)])
@@ -80,10 +90,12 @@ def test_unknown_class_is_an_error():
     ("name", "tensors", "elements"),
     [
         ("resnet50", 161, 25_557_032),
+        ("bert-base", 199, 109_482_240),
         ("bert-large", 391, 335_141_888),
         ("gpt2", 148, 124_439_808),
         ("many-small", 1200, 400 * (256 + 256 + 256 * 256)),
         ("tiny", 300, 300 * 16),
+        ("many-groups", 465, 465 * 16),
         ("llama-8b-slice", 36, 4 * 218_112_000),
     ],
 )

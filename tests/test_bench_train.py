@@ -146,6 +146,18 @@ def test_claims_of_tuned_rows_with_a_divergence():
     assert [found["holds"] for found in claims.better("digits", *rows)] == [False]
 
 
+def test_claims_of_what_is_stored():
+    def row(name, *losses):
+        return {"optimizer": name, **sweep.point(1, [run(loss) for loss in losses])}
+
+    plain, master = row("AdamW", 0.5, 0.6), row("AdamW(precision='master')", 0.1, 0.2)
+    ours = row("AdamW(precision='kahan')", 0.101, 0.197), row("AdamW(precision='kahan')", 0.1, 0.7)
+    for rival, holds in ((plain, (True, False)), (master, (True, False))):
+        assert tuple(claims.as_float32("digits", one, rival)[0]["holds"] for one in ours) == holds
+    ours = {"optimizer": "X", **sweep.point(1, [run(0.1, diverged_at=2)] * 2)}
+    assert not any(claims.as_float32("digits", ours, rival)[0]["holds"] for rival in (plain, master))
+
+
 def test_rivals_are_contenders():
     for study in STUDIES.values():
         labels = [c.label for c in study.contenders]

@@ -1,10 +1,14 @@
 """Capture of the CUDA engine's launches, on the host: a launch that is run again as it was."""
 
+import copy
+
 import pytest
+import torch
 from cuda_cases import SIZES, Cuda, asks, built, change, give, many_groups, on_host
 from device_cases import written
 from engines import ONE_PER_RULE, same_bits, tame
 from host_cuda import capture, replay
+from torch.optim.lr_scheduler import LambdaLR
 
 ENGINE, pytestmark = Cuda, on_host
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
@@ -101,3 +105,66 @@ def test_a_first_step_can_be_captured(name, engine):
 def test_an_optimizer_made_in_capture_says_so(engine):
     with capture(), pytest.raises(RuntimeError, match=f"cannot capture an optimizer's first step: {WARM_UP}"):
         built(engine, "lamb")
+
+
+@RULES
+def test_a_schedule_is_followed_through_replay(name, engine):
+    """A number that is a tensor on the device is read there by every replay; the twin steps with plain numbers."""
+    engine.plans(grid=2)
+    lr = torch.tensor(0.125, dtype=torch.float64)
+    (twin, _), (opt, _) = (built(engine, name, lr=rate, max_grad_norm=1.0) for rate in (0.125, lr))
+    schedules = [LambdaLR(one, lambda epoch: 0.9**epoch) for one in (twin, opt)]
+    opt.step()
+    with capture(), asks(launches=1):
+        opt.step()
+    for t in range(4):
+        twin.step()
+        replay() if t else None
+        same_bits(written(opt), written(twin))
+        for schedule in schedules:
+            schedule.step()
+    assert all(group["lr"] is lr for group in opt.param_groups) and lr == twin.param_groups[0]["lr"]
+
+
+def test_many_groups_with_a_rate_each_through_replay(engine):
+    """More words than a launch can carry: those of the groups lie on the device, and say where the rates lie."""
+    twin, opt = many_groups(engine), many_groups(engine)
+    rates = torch.linspace(0.0, 0.25, len(opt.param_groups), dtype=torch.float64)
+    for one, own in ((twin, rates.tolist()), (opt, rates)):
+        for group, rate in zip(one.param_groups, own, strict=True):
+            group["lr"] = rate
+        one.step()
+    with capture(), asks(launches=1):
+        opt.step()
+    for factor in (0.5, 2.0):
+        rates.mul_(factor)
+        for group, rate in zip(twin.param_groups, rates.tolist(), strict=True):
+            group["lr"] = rate
+        twin.step()
+        replay()
+        same_bits(written(opt), written(twin))
+
+
+@RULES
+def test_resume_after_replay(name, engine):
+    """What replays did is in the state_dict: another optimizer goes on from there, and so does the same one."""
+    engine.plans(grid=2)
+    (twin, _), (opt, params), (other, others) = (built(engine, name, max_grad_norm=1.0) for _ in range(3))
+    opt.step()
+    with capture():
+        opt.step()
+    replay()
+    saved, weights = copy.deepcopy(opt.state_dict()), [p.detach().clone() for p in params]
+    replay()
+    for one, own in ((other, others), (opt, params)):
+        for p, weight in zip(own, weights, strict=True):
+            p.data.copy_(weight)
+        one.load_state_dict(saved)
+        one.step()
+        with capture(), asks(launches=1):
+            one.step()
+        replay()
+    for _ in range(4):
+        twin.step()
+    for one in (opt, other):
+        same_bits(written(one), written(twin))

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the CUDA engine (device_gpu.py, too): captured changes, host time, memory."""
+"""What only a GPU can show of the CUDA engine, beside device_gpu.py, device_graphs.py: captured changes, host time."""
 
 import time
 
@@ -8,6 +8,7 @@ from cuda_cases import Cuda
 from device_cases import there, written
 from device_gpu import *  # noqa: F403
 from device_gpu import built, give, needs_gpu
+from device_graphs import *  # noqa: F403
 from engines import parameters, same_bits, starts, tame
 
 ENGINE, pytestmark = Cuda, needs_gpu

@@ -1,10 +1,12 @@
 """The CUDA engine's host side: what a step asks of CUDA, when copies are queued, and when calls fail."""
 
 import pytest
+import torch
 from cuda_cases import SIZES, Cuda, asks, built, change, give, many_groups, on_host
 from device_cases import written
 from engines import ONE_PER_RULE, parameters, same_bits, starts, tame
 from host_cuda import deferred, shim
+from test_engine_storage import TYPES
 
 ENGINE, pytestmark = Cuda, on_host
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
@@ -29,6 +31,30 @@ def test_a_step_is_one_launch_and_nothing_else(name, engine):
         give(params, [None if i == t else g for i, g in enumerate(grads)])  # elsewhere, and one is absent
         with asks(launches=1):
             opt.step()
+
+
+def test_released_gradients_are_a_launch_each(engine):
+    """Within backward(); the numbers are those of one launch for all."""
+
+    def build():
+        params = parameters(x.to(TYPES[i % 3]) for i, x in enumerate(starts(SIZES)))
+        groups = [{"params": params[:3], "lr": 0.1}, {"params": params[3:], "adapt": False}]
+        return engine.make("lamb", groups, max_grad_norm=None), params
+
+    (opt, params), (twin, twins) = build(), build()
+    twin.release_gradients()
+    for t, grads in enumerate(tame(SIZES, 3)):
+        for p, q, g in zip(params, twins, grads, strict=True):
+            p.grad = g.to(p.dtype)
+            with asks(launches=1, copies=int(t == 0), allocations=int(t == 0)):  # the first brings tables along
+                (q * p.grad).sum().backward()
+        with asks():
+            twin.step()
+        opt.step()
+    same, other = ([(p, *one.state[p].values()) for p in its] for one, its in ((opt, params), (twin, twins)))
+    for mine, theirs in zip(same, other, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+    assert twin.layer_stats() == opt.layer_stats()
 
 
 def test_making_an_optimizer_copies_the_plan(engine):

@@ -11,7 +11,7 @@ from engines import LAYERWISE, ONE_PER_RULE, same_bits, starts, step, tame, wild
 from test_engine_storage import TYPES
 
 from layerfused import cuda
-from layerfused.plan import Chunk, make_plan
+from layerfused.plan import make_plan
 
 ENGINE = Cuda
 RULES = pytest.mark.parametrize("name", ONE_PER_RULE)
@@ -66,7 +66,7 @@ FAR = 2**31 + 8  # elements
 def far_away(launch, size):
     """Lets a launch believe that its tensors have FAR elements more, in front of those there are."""
     plan = make_plan(launch.table.layers, chunk=cuda.CHUNK, whole=cuda.WHOLE, ahead=cuda.AHEAD, norm=True)
-    plan = plan._replace(chunks=[Chunk(c.tensor, c.start + FAR, c.count, c.layer) for c in plan.chunks])
+    plan = plan._replace(chunks=[c._replace(start=c.start + FAR) for c in plan.chunks])
     table = launch.table
     native = native_engine(table.rule.name, *plan.packed(), len(table.params), len(table.groups))
     native.blocks = 3

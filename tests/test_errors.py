@@ -34,7 +34,7 @@ OUT = {  # name -> (values out of range, the range as the message has it)
     "seed": ((-1, 2**53, 1.0, True, None), "[0, 2**53)"),
 }  # fmt: skip
 FREE = {"betas", "nesterov", "decoupled", "rectify", "lr_in_momentum", "larc", "bias_correction", "grad_averaging",
-        "maximize", "differentiable", "foreach", "fused", "capturable"}  # fmt: skip
+        "maximize", "differentiable", "foreach", "fused", "capturable", "amp_scaling"}  # fmt: skip
 IN_GROUPS_ONLY = ("adapt", "layer")
 
 

@@ -22,6 +22,8 @@ TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
 EXACT = {"div.rn.f32", "div.rn.f64", "sqrt.rn.f32", "sqrt.rn.f64"}
 P, G, M, V = rules.P, rules.G, rules.M, rules.V
 PREDICTED = 16  # a further operand
+MASTER, STOCHASTIC = 1, 4
+RESTS = {MASTER: 4, 2: 2, 3: 2}  # bytes of a parameter's other half, by its way
 
 
 def drive(argument, cache):
@@ -91,11 +93,14 @@ def sweeps(line):
     return loops + [(G, 0)] * (fields["phases"] & 1)
 
 
-def accesses(mask, storage):
+def accesses(mask, fields, writes=False):
     """Accesses of 16 bytes that a thread needs for its part of a tile of each operand."""
     elements = triton_engine.TILE // (32 * triton_engine.WARPS)
-    sizes = [2 if "16" in dtype else 4 for dtype in storage or ["float32"] * 4]
+    sizes = [2 if "16" in dtype else 4 for dtype in fields["storage"] or ["float32"] * 4]
     sizes.append(sizes[0])  # predicted weights
+    way = fields.get("ways", [0])[0]
+    if way in RESTS:
+        sizes[0] = RESTS[way] + sizes[0] * (writes or way != MASTER)
     return sum(elements * size // 16 for k, size in enumerate(sizes) if mask >> k & 1)
 
 
@@ -105,11 +110,26 @@ def test_every_operand_moves_in_vectors(kernels, target):
     for where, line in each(kernels, target):
         if line["fields"]["phases"] == 4:
             continue  # FINISH alone touches no elements
-        storage = line["fields"]["storage"]
-        reads = sum(accesses(mask, storage) for mask, _ in sweeps(line))
-        writes = sum(accesses(mask, storage) for _, mask in sweeps(line))
+        reads = sum(accesses(mask, line["fields"]) for mask, _ in sweeps(line))
+        writes = sum(accesses(mask, line["fields"], writes=True) for _, mask in sweeps(line))
         found = [line["words"].get(f"{word}.global.v4.b32", 0) for word in ("ld", "st")]
         assert found == [reads, writes], where
+
+
+def test_noise_is_made_where_it_is_used(kernels):
+    """One Philox of 20 long products serves 8 elements, those of a thread: nothing moves between threads for it."""
+    lines = [line for line in kernels["cuda:90"] if line["rule"] == "adam" and line["fields"]["phases"] == 14]
+    drawn = [line for line in lines if line["fields"].get("ways") == [STOCHASTIC, 0, 0, 0]]
+    assert len(drawn) == 2
+    for line in drawn:
+        plain = {key: value for key, value in line["fields"].items() if key != "ways"}
+        moves = [count_shared(one["words"]) for one in (line, *(one for one in lines if one["fields"] == plain))]
+        assert len(moves) == 2 and moves[0] == moves[1], plain
+        assert 0 < line["words"]["mul.hi.u32"] <= 2 * 20, plain  # two draws where a layer begins between
+
+
+def count_shared(words):
+    return sum(count for word, count in words.items() if ".shared" in word)
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -133,11 +153,11 @@ def test_amd(kernels):
 
 
 def test_numbers_do_not_recompile(tmp_path):
-    """lr, weight decay, betas, clip, step and missing gradients are data; a tensor for lr is one more variant."""
+    """lr, weight decay, betas, clip, step, seed and missing gradients are data; a tensor for lr is one more variant."""
     steps = drive("launches", tmp_path)[0]
     assert [step["launches"] for step in steps] == [1] * len(steps)
     fresh = [step["what"] for step in steps if step["compiled"]]
-    own = ["a rule of one's own", "another rule whose functions have the same names"]
+    own = ["a rule of one's own", "another rule whose functions have the same names", "stochastic rounding"]
     assert fresh == ["first", "lr on the device", *own]
     again = drive("launches", tmp_path)[0]  # a new process finds the code on disk
     print(f"first step: {steps[0]['seconds']:.2f} s compiled, {again[0]['seconds']:.2f} s from the cache on disk")

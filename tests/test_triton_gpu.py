@@ -1,9 +1,10 @@
-"""What only a GPU can show of the Triton engine (device_gpu.py, too)."""
+"""What only a GPU can show of the Triton engine (device_gpu.py, device_graphs.py, too)."""
 
 import pytest
 import torch
 from device_gpu import *  # noqa: F403
 from device_gpu import built, needs_gpu
+from device_graphs import *  # noqa: F403
 from triton_cases import Triton
 
 ENGINE, pytestmark = Triton, needs_gpu

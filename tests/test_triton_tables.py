@@ -29,7 +29,7 @@ def test_rows_of_a_huge_layer(monkeypatch):
     huge.device, huge.stats = torch.device("cpu"), torch.zeros(1, 2)
     huge._form = SimpleNamespace(finished="step")
     huge._make_plan()
-    chunks = huge._plan.chunks.view(-1, 4)
+    chunks = huge._plan.chunks.view(-1, 5)
     assert {x.dtype for x in huge._plan} == {torch.int64}
     assert chunks[:, 1].tolist() == list(range(0, elements, 2**26)) and chunks[:, 2].sum() == elements
     assert huge._plan.layers.view(-1, 7)[0, 3] == elements
@@ -43,7 +43,7 @@ def test_offsets_of_64_bits(name, engine):
     near, params = engine.train(name, starts(sizes), [])
     far, others = engine.train(name, starts(sizes), [])
     (moved,) = far._launches
-    moved._plan.chunks.view(-1, 4)[:, 1] += FAR
+    moved._plan.chunks.view(-1, 5)[:, 1] += FAR
     reader = moved._reader
 
     class Far:

@@ -26,19 +26,22 @@ from triton.compiler import ASTSource
 from layerfused import kernels, triton_engine
 from layerfused.kernels import engine, tables
 
+FP32, PLAIN = (torch.float32,) * 4, (0,) * 4
 BF16 = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 FP16 = (torch.float16, torch.float16, torch.float32, torch.float32)
+ALL_BF16 = (torch.bfloat16,) * 4
 WITH_P32 = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trust_lion.py"
 STEP, WITHOUT_NORM, PIECES = 15, 14, (1, 2, 4, 6, 8)
 PREDICT, UNCOUNTED = 16, 32
+MASTER, REMAINDER, KAHAN, STOCHASTIC = 1, 2, 3, 4  # as in csrc/storage.h
 REST = ("weight_decay", "ema", "damping", "max_step", "self_concordant", "signed_average", "reach", "base")
 ROWS = {"sgd": ("lr", "momentum", *REST), "adam": ("lr", "beta1", "beta2", "eps", *REST)}
 
 
 def signature():
     i, f, d, n = "*i64", "*fp32", "*fp64", "*i32"
-    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i, i)
+    plan, given = tables.Plan(i, i, i, i), tables.Given(i, i, i, d, i, i, i, i)
     return tables.Table(plan, given, tables.Kept(f, d, d, d, d, i), tables.Work(n, d, f))
 
 
@@ -48,6 +51,15 @@ def rule_of(name):
         return SimpleNamespace(name=name, hyper=ROWS[flavour], scalar="e", triton=getattr(kernels.rules, name))
     opt = make(name, parameters(starts((1,))))
     return opt.rule_of(opt.param_groups[0])
+
+
+def ways():
+    """Ways of storing p and v: each with a rule of two states, and of those with stats two that fill the registers."""
+    for storage, kinds in {BF16: (MASTER, REMAINDER, KAHAN, STOCHASTIC), FP16: (KAHAN, STOCHASTIC)}.items():
+        for kind in kinds:
+            yield "adam-decay", {"phases": WITHOUT_NORM, "storage": storage, "ways": (kind, 0, 0, 0)}
+    yield "lamb", {"phases": WITHOUT_NORM, "storage": ALL_BF16, "ways": (STOCHASTIC, 0, 0, STOCHASTIC)}
+    yield "setadam-coupled", {"phases": WITHOUT_NORM, "storage": ALL_BF16, "ways": (REMAINDER, 0, 0, STOCHASTIC)}
 
 
 def variants(target):
@@ -62,6 +74,7 @@ def variants(target):
         yield f"curvature_{flavour}", {"phases": WITHOUT_NORM, "clip": True, "live": True, "leads": True}
     if target != "cuda:90":
         return
+    yield from ways()
     yield "lamb", {"phases": STEP, "clip": True, "mixed": True, "leads": True}
     for flavour in ROWS:
         yield f"slope_{flavour}", {"phases": PREDICT | UNCOUNTED, "clip": True, "live": True, "leads": True}
@@ -79,10 +92,10 @@ def variants(target):
         yield "lamb", {"phases": phases, "clip": phases == 1, "mixed": True}
 
 
-def compiled(name, target, phases, clip=False, mixed=False, live=False, leads=False, storage=(torch.float32,) * 4):
+def compiled(name, target, phases, clip=False, mixed=False, live=False, leads=False, storage=FP32, ways=PLAIN):
     rule = rule_of(name)
     types = tuple(triton_engine.TYPES[dtype] for dtype in storage)
-    form, rest = triton_engine.triton_form(rule), (clip, live, bool(rule.scalar), mixed, leads)
+    form, rest = triton_engine.triton_form(rule), (clip, live, bool(rule.scalar), mixed, leads, ways)
     spec = kernels.Spec(form, rule.hyper, types, triton_engine.TILE, phases, *rest)
     source = ASTSource(engine.run, {"t": signature(), "spec": "constexpr"}, {(1,): spec}, {})
     backend, arch = target.split(":")
@@ -178,7 +191,7 @@ class Driver:
 
 
 def launches():
-    """A step, then steps with other numbers: lr, weight decay, step and clip; other sizes; a tensor lr."""
+    """A step, then steps with other numbers: lr, weight decay, step and clip; other sizes; a tensor lr; a seed."""
     driver = Driver(GPUTarget("cuda", 90, 32))
     triton.runtime.driver.set_active(driver)
     kernels.INTERPRETED = True  # CPU tensors stand for a GPU's
@@ -218,6 +231,13 @@ def launches():
     take("a rule of one's own")
     opt = edited_lion()(params, backend="triton")
     take("another rule whose functions have the same names")
+    params = parameters(x.bfloat16() for x in starts(sizes))
+    for p in params:
+        p.grad_dtype = None
+    opt = make("sgd", params, backend="triton", precision="stochastic")
+    take("stochastic rounding")
+    opt.param_groups[0]["seed"] = 1
+    take("another seed")
     print(json.dumps(lines))
 
 

@@ -157,7 +157,7 @@ int64_t Engine::take(int64_t index, Worker& worker) {
 int64_t Engine::live_elements(const Layer& layer) const {
   int64_t elements = -1;
   for (int64_t c = layer.first; c < layer.first + layer.chunks; ++c)
-    if (g.address[chunks_[c].tensor]) elements = std::max<int64_t>(elements, 0) + chunks_[c].count;
+    if (g.address[chunks_[c].tensor]) elements = std::max<int64_t>(elements, 0) + chunks_[c].elements;
   return elements;
 }
 

@@ -47,7 +47,7 @@ Engine::Engine(const std::string& rule, const std::vector<Item>& items, const st
   for (const Item& item : items) {
     const bool whole = item.kind == Kind::whole;  // the index is the layer's, which has one chunk
     const int64_t chunk = whole ? layers.at(item.index).first : item.index;
-    if (whole && (layers[item.index].chunks != 1 || layers[item.index].elements > WHOLE))
+    if (whole && (layers[item.index].chunks != 1 || chunks.at(chunk).count > WHOLE))
       throw std::invalid_argument("a layer of more than " + std::to_string(WHOLE) + " elements does not stay on chip");
     items_.push_back(int32_t(item.kind) + 4 * int32_t(chunk));
     norms_ += item.kind == Kind::norm;
@@ -57,7 +57,7 @@ Engine::Engine(const std::string& rule, const std::vector<Item>& items, const st
     rows_.push_back({c.start, narrow(c.count, "elements"), int32_t(c.tensor), int32_t(c.layer), int32_t(layer.group),
                      int32_t(layer.first), int32_t(layer.chunks), int32_t(layer.adapt), int32_t(layer.state),
                      int32_t(layer.states), 0});
-    members_[c.layer].insert(members_[c.layer].end(), {c.tensor, c.count});
+    members_[c.layer].insert(members_[c.layer].end(), {c.tensor, c.elements});
   }
   count_ = narrow(int64_t(items_.size()), "items");
   counters_ = narrow(ARRIVED + 2 * words_.layers, "layers");
