@@ -86,8 +86,7 @@ def test_partial_gradients(redistributed, dtype, op):
     for answer, gradients, kept, seen in found:
         assert_whole(answer, told(opt, params), start)
         assert all(torch.equal(g, h) for g, h in zip(gradients, found[0][1], strict=True)) and kept
-        if op == "sum":  # one for each dimension of the mesh, and the stats; means are torch's own to take
-            assert seen == ["all_reduce", "all_reduce", "all_gather"]
+        assert seen == ["all_reduce", "all_reduce", "all_gather"]  # one for each dimension of the mesh, and the stats
 
 
 def test_gradients_of_other_placements(redistributed):
