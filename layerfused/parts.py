@@ -218,22 +218,24 @@ class Parts:
         Raises:
             TypeError, ValueError: for a gradient that is a plain tensor, or lies on another mesh.
         """
-        waiting = []
-        for p, part in self.of.items():
+        waiting, kind = [], dtensor() if self.of else None
+        for p, part in self.of.items():  # what costs a tenth of a microsecond here costs 30 of a step
             g = p.grad
             if g is None:
                 part.here.grad = None
-            elif not isinstance(g, dtensor()):
+                continue
+            if not isinstance(g, kind):
                 raise TypeError(
                     f"rank {rank()}: the gradient of parameter {part.name} is a plain tensor, the parameter a DTensor: "
                     "give it a DTensor of the same mesh and placements"
                 )
-            elif g._spec.mesh is not part.mesh and g._spec.mesh != part.mesh:
+            spec = g._spec
+            if spec.mesh is not part.mesh and spec.mesh != part.mesh:
                 raise ValueError(
-                    f"rank {rank()}: the gradient of parameter {part.name} lies on {g._spec.mesh}, the parameter on "
+                    f"rank {rank()}: the gradient of parameter {part.name} lies on {spec.mesh}, the parameter on "
                     f"{part.mesh}: give it a DTensor of the same mesh"
                 )
-            elif g._spec.placements == part.placements:
+            if spec.placements == part.placements:
                 part.here.grad = plain(g._local_tensor)
             else:
                 waiting.append((part, g))
@@ -242,7 +244,7 @@ class Parts:
 
     def versions(self, written: list[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors whose versions are to be counted: the parameters themselves, too, for autograd keeps those."""
-        return written if not self.of else [*written, *(self.owner[here] for here in written if here in self.owner)]
+        return [*written, *(p for p, part in self.of.items() if part.here.grad is not None)]
 
     def release(self) -> None:
         """Lets go of the gradients."""
