@@ -44,7 +44,8 @@ class Optimizer(torch.optim.Optimizer):
             over them before and a wait for the host after; a step with a gradient that is not finite changes nothing,
             counts in `skipped_steps` and not in `step`.
         norm_group: the process group over which that norm is summed, where each rank holds parameters of its own
-            (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved.
+            (ZeRO-1, pipeline stages); all of its ranks step together, those without parameters too. Not saved. Without
+            it each rank clips by the norm of what it holds (DTensors always count whole).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; `engines` tells what serves.
         foreach, fused: taken for tools that pass them; fused=False or foreach=True choose the reference.
         capturable: taken for tools that pass it, and changes nothing: steps of the CUDA and Triton engines can be

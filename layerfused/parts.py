@@ -269,25 +269,31 @@ def plain(local: torch.Tensor) -> torch.Tensor:
 def settled(waiting: list[tuple]) -> list[torch.Tensor]:
     """What lies here of gradients when they are placed as their parameters are.
 
-    Sums that are still to be taken, over a dimension of the mesh along which the parameter is whole, are taken
-    together: one collective for each dimension and type. Other changes of place are torch's own, tensor by tensor.
+    Sums and means that are still to be taken, over a dimension of the mesh along which the parameter is whole, are
+    taken together: a collective for each dimension, kind and type. Other changes of place are torch's own, one by one.
     """
     found, packed = [None] * len(waiting), defaultdict(list)
     for number, (part, g) in enumerate(waiting):
         changes = [k for k, (a, b) in enumerate(zip(g.placements, part.placements, strict=True)) if a != b]
-        sums = all(g.placements[k].is_partial("sum") and part.placements[k].is_replicate() for k in changes)
-        if not sums:
+        if not all(sums_up(g.placements[k]) and part.placements[k].is_replicate() for k in changes):
             found[number] = plain(g.redistribute(part.mesh, part.placements)._local_tensor)
             continue
         found[number] = plain(g._local_tensor)
         for k in changes:
-            packed[part.mesh, k, g.dtype].append(number)
-    for (mesh, k, _), numbers in packed.items():
+            packed[part.mesh, k, g.placements[k].is_partial("avg"), g.dtype].append(number)
+    for (mesh, k, mean, _), numbers in packed.items():
         flat = torch.cat([found[number].reshape(-1) for number in numbers])
         dist.all_reduce(flat, group=mesh.get_group(k))
+        if mean:
+            flat /= mesh.size(k)
         for number, total in zip(numbers, flat.split([found[number].numel() for number in numbers]), strict=True):
             found[number] = total.view(found[number].shape)
     return found
+
+
+def sums_up(placement) -> bool:
+    """Whether a gradient placed so is a sum, or a mean, over what lies on the ranks."""
+    return placement.is_partial("sum") or placement.is_partial("avg")
 
 
 def rank() -> int:

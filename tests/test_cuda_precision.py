@@ -1,4 +1,4 @@
-"""`precision` on the CUDA engine: every way that p and v are stored by, all of them in one launch.
+"""`precision` on the CUDA engine (device_precision.py, too): every way that p and v are stored by, all in one launch.
 
 Leaves out what the words mean (the CPU engine's own tests) and predictions, which no launch with a way makes.
 """
@@ -7,7 +7,8 @@ import pytest
 import torch
 from cuda_cases import Cuda, on_host
 from device_bits import displaced
-from device_cases import DEVICE, operands, there, written
+from device_cases import operands, there, written
+from device_precision import *  # noqa: F403
 from engines import parameters, same_bits, starts, step, tame, wild
 from host_cuda import capture, replay
 from test_engine_bits import phase_by_phase
@@ -201,4 +202,3 @@ def test_every_way_is_among_them():
     assert found == {(dtype, way) for dtype in HALVES for way in (*WAYS, None)} - {(torch.float16, "remainder")} | {
         (torch.float32, None)
     }
-    assert DEVICE in ("cpu", "cuda")

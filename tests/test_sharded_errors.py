@@ -185,3 +185,25 @@ def test_refused_on_every_rank_alike(refused):
         assert rank["norm_group"].startswith("ValueError: norm_group needs max_grad_norm")
         assert rank["cut"].startswith("ValueError: layer=(2, 2) has 4 rows")
         assert rank["kept"] == rank["still works"] == ""
+
+
+def resting():
+    """One rank has no gradient of its rows in the second step of three."""
+    laid, shapes = over("rows"), ((8, 3), (8, 2))
+    params = parameters(laid, tensors(shapes=shapes))
+    opt, rested = lf.LAMB(params, lr=0.1), False
+    for t, step in enumerate(steps_of(shapes, 3)):
+        for p, g in zip(params, laid(step), strict=True):
+            p.grad = None if t == 1 and p is params[0] and odd_rank() else g
+        before = params[0].to_local().clone()
+        opt.step()
+        rested = rested or torch.equal(params[0].to_local(), before)
+    return rested, float(opt.grad_norm), opt.layer_stats(), [float(opt.state[p]["step"]) for p in params]
+
+
+def test_rows_without_a_gradient_rest():
+    """The others step them by what they have together, and nobody waits."""
+    found = run(resting, WORLD, timeout=SECONDS)
+    assert [rested for rested, *_ in found] == [False, False, True, False]
+    assert all(rank[1:3] == found[0][1:3] for rank in found)
+    assert [steps for *_, steps in found] == [[3, 3], [3, 3], [2, 3], [3, 3]]

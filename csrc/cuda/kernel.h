@@ -27,7 +27,7 @@ class Block : Lookup<R, WORDS> {
   DEVICE void run() {
     if (speaks()) {
       shared.first = launch.phases & NORM ? 0 : launch.norms;  // the norm's items are passed over
-      shared.happens = true;
+      shared.began = false, shared.happens = true;
       for (auto& next : shared.next)
         for (auto& started : next.started) started.group = NONE;
       look_up(shared.next[0], take());
@@ -45,8 +45,6 @@ class Block : Lookup<R, WORDS> {
   }
 
  private:
-  bool began = false;  // whether the norm is known
-
   // Items
 
   DEVICE int take() const { return shared.first + int(device::take(at.counters + TICKET)); }
@@ -54,7 +52,10 @@ class Block : Lookup<R, WORDS> {
   DEVICE void work_on(const Next& next) {
     const Kind kind = Kind(next.item % 4);
     if (kind == Kind::norm) return norm_chunk(next);
-    if (!began) began = true, begin();
+    if (!shared.began) {
+      begin();
+      if (speaks()) shared.began = true;  // all have passed the barrier in `begin`, and the next to ask passes another
+    }
     if (!shared.happens) return;
     if (launch.phases & PREDICT) {
       if (kind != Kind::reduce) predict_chunk(next);

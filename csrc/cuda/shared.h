@@ -60,6 +60,7 @@ struct Shared {
   double factor;  // of clip and loss scale
   float ahead;    // steps that are predicted
   int first;      // the ticket that the launch begins with
+  bool began;     // whether the norm is known
   bool happens, last;
 };
 
