@@ -10,7 +10,6 @@ from .precision import rest_of, words_of
 
 SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")  # keys they keep in groups
 TORCH = ("sgd", "sgd_plain", "adam", "adam_decoupled")  # rules whose state_dicts come from torch.optim, too
-OWN = ("params", "precision")
 KEPT = (*SCHEDULERS, "param_names")
 
 
@@ -70,7 +69,7 @@ def _merged(optimizer, mine: dict, theirs: dict) -> dict:
     if theirs.get("amsgrad"):
         raise ValueError("the state_dict was saved with amsgrad=True, which has no counterpart here")
     check_precision(mine, theirs)
-    kept = {key: value for key, value in theirs.items() if (key in mine or key in KEPT) and key not in OWN}
+    kept = {key: value for key, value in theirs.items() if (key in mine or key in KEPT) and key != "params"}
     kept = deepcopy(kept)  # an lr that is a tensor must not be shared with another optimizer
     if isinstance(kept.get("betas"), list):
         kept["betas"] = tuple(kept["betas"])

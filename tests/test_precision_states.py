@@ -201,6 +201,37 @@ def test_what_others_left_alone_is_kept():
     assert same_numbers(numbers[~inside], wanted[~inside].float())
 
 
+@each_engine
+@pytest.mark.parametrize("word", RESTS)
+def test_others_write_before_the_first_step(word, backend):
+    """As who makes the optimizer first, and loads the model's weights then, or those of another step."""
+    for load in (False, True):
+        opt, params = built(word, backend=backend, lr=0.0)
+        saved = opt.state_dict()
+        with torch.no_grad():
+            for p in params:
+                p.mul_(-2.0**-6)
+        if load:
+            opt.load_state_dict(saved)
+        wanted = [p.detach().clone() for p in params]
+        train(opt, params, [0])
+        assert all(same_numbers(p.detach(), q) for p, q in zip(params, wanted, strict=True))
+
+
+def test_nobody_looks_at_what_nobody_wrote(monkeypatch):
+    """That would be one more pass over the parameters."""
+    opt, params = built("master")
+    train(opt, params, [0])
+    seen = []
+    monkeypatch.setattr("layerfused.table.begin_anew", lambda p, rest, way: seen.append(way))
+    train(opt, params, [1, 2])
+    assert seen == []
+    with torch.no_grad():
+        params[1].add_(1.0)
+    train(opt, params, [3, 4])
+    assert seen == ["master"]
+
+
 @every_way
 def test_nothing_that_was_stored_begins_anew(word, dtype):
     """Not even of compensations that are half a distance, whose sum with the parameter rounds to the other side."""
