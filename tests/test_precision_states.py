@@ -343,3 +343,22 @@ def test_traffic(word, reads, writes, dtype):
         counted = lf.LAMB([p], precision=words, max_grad_norm=None).traffic()
         assert counted["compulsory"] == 1000 * (2 + reads + writes + states)
         assert counted["requested"] == counted["compulsory"] + 1000 * (reads + states // 2)
+
+
+@every_word
+def test_released_gradients_take_the_same_steps(word):
+    """Each parameter by a launch of its own draws the noise that it would draw among the others."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).bfloat16()
+    twin, x = deepcopy(model), torch.randn(4, 7).bfloat16()
+    found = []
+    for net, release in ((model, True), (twin, False)):
+        opt = lf.AdamW(net.parameters(), lr=0.01, precision=word, seed=3)
+        if release:
+            opt.release_gradients()
+        for _ in range(3):
+            opt.zero_grad()
+            net(x).square().sum().backward()
+            opt.step()
+        found.append(snapshot(opt, list(net.parameters())))
+    assert_same(*found)
