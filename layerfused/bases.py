@@ -98,7 +98,7 @@ class Ours(Base):
         optimizer = self.optimizer
         if getattr(optimizer, "needs_closure", False):
             raise TypeError(f"XGrad cannot wrap {type(optimizer).__name__}, whose step() evaluates the model itself")
-        if optimizer._parts.of:
+        if optimizer._spreads:
             raise TypeError("XGrad does not serve DTensor parameters yet: use the optimizer without it")
         if optimizer._released:
             raise ValueError("XGrad cannot wrap an optimizer that releases its gradients: remove() the release first")

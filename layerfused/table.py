@@ -21,7 +21,7 @@ def state_dtype(parameter: torch.Tensor, words: Sequence[str] = ()) -> torch.dty
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gap or overlap, in whatever order."""
-    if not tensor.numel():
+    if 0 in tensor.shape:
         return True  # whatever its strides: an empty shard of columns has those of the whole
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):

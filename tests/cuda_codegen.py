@@ -92,28 +92,29 @@ def sweeps(rule):
     return [(G, 0, G), (P | r2 & (M | V), PREDICTED, 0), *found]
 
 
-def accesses(masks):
+def accesses(masks, merged=False, plain=True):
     """PTX access -> how often it is there: for plain fp32, for what needs a conversion or lies askew, and for the other
     part of a p that has two.
 
-    A sweep that reads one operand takes two quads at once.
+    A sweep that reads one operand takes two quads at once. `merged`: ptxas has made one instruction of p's loads that
+    differ in their address alone. `plain`: with those that move fp32 alone.
     """
     found = Counter()
     for reads, writes, again in masks:
         quads = 2 if reads.bit_count() == 1 else 1
         for k in range(5):
-            use, kinds = "cg" if again >> k & 1 else "cs", 3 if k == 0 else 2
+            use, kinds = "cg" if again >> k & 1 else "cs", plain + (2 if k == 0 else 1)
             if reads >> k & 1:
-                found[f"ld.global.{use}{'.nc' if k == 1 else ''}"] += kinds * quads
+                found[f"ld.global.{use}{'.nc' if k == 1 else ''}"] += (plain + 1 if merged else kinds) * quads
             if writes >> k & 1:
                 found[f"st.global.{use}"] += kinds * quads
     return found
 
 
-def expected(rule):
+def expected(rule, **how):
     """Accesses of a rule's kernel, and where adapt=False is refused those without the sweep that is never run."""
     masks = sweeps(rule)
-    return [accesses(masks)] + [accesses(masks[:-1])] * (rule in (*FIXED, *CURVATURE))
+    return [accesses(masks, **how)] + [accesses(masks[:-1], **how)] * (rule in (*FIXED, *CURVATURE))
 
 
 def check_accesses(code, rule):

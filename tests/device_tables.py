@@ -9,7 +9,7 @@ import torch
 from device_cases import DEVICE, there, within_twins, written
 from engines import ONE_PER_RULE, make, same_bits, starts, step, tame
 
-from layerfused import launch, optimizer
+from layerfused import build, launch, optimizer
 from layerfused.backends import launch_of
 from layerfused.plan import Phase
 
@@ -43,8 +43,9 @@ def one_of_many(launch_class):
 def test_a_launch_for_each_device(clip, engine, monkeypatch):
     """Each with a plan of its own tensors; one norm over all."""
     of_engine = one_of_many(launch_of(engine.backend))
-    monkeypatch.setattr(optimizer, "engines_of", lambda group, rule: [engine.backend] * len(group["params"]))
-    monkeypatch.setattr(optimizer, "launch_of", lambda engine: of_engine)
+    monkeypatch.setattr(build, "engines_of", lambda group, rule: [engine.backend] * len(group["params"]))
+    for module in (build, optimizer):
+        monkeypatch.setattr(module, "launch_of", lambda engine: of_engine)
     monkeypatch.setattr(launch, "_cpu", SimpleNamespace(Reader=lambda *_: None))  # meta tensors have no addresses
     params = [torch.nn.Parameter(torch.ones(n, device=d)) for n, d in ((5, DEVICE), (70, "meta"), (300, DEVICE))]
     opt = make("lamb", params, max_grad_norm=clip)

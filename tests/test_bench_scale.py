@@ -115,7 +115,7 @@ def ranks(monkeypatch):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         return init_device_mesh("cpu", (size,))
 
-    monkeypatch.setattr("layerfused.optimizer.agree", lambda mesh, told: None)  # nobody answers
+    monkeypatch.setattr("layerfused.build.agree", lambda mesh, told: None)  # nobody answers
     yield make
     dist.destroy_process_group()
 

@@ -76,8 +76,10 @@ def test_machine_code(rule, arch):
     for name in names if arch != "sm_90" else names[:1]:
         words = cuda_codegen.sass(made(rule), arch, name)
         found = {access: words[word] for access, word in SASS.items() if words[word]}
-        assert found in expected(rule)
-        assert all(words[word] == 2 * words[word.replace("128", "64")] for word in SASS.values())
+        assert found in [*expected(rule), *expected(rule, merged=True)]
+        half = {access: words[word.replace("128", "64")] for access, word in SASS.items()}
+        *_, least = expected(rule, merged=True, plain=False)  # of p there may be more: ptxas parts what it has merged
+        assert all(half[access] >= count for access, count in least.items())
         assert not any(word.startswith(("LDL", "STL")) for word in words)
 
 
