@@ -184,10 +184,13 @@ LONG, EVERY = 12, 3  # steps; steps from one save to the next
 
 
 def resumable(folder, steps=LONG):
-    """Trains to the end from the last checkpoint that is complete: torch writes .metadata last."""
+    """Trains to the end from the last checkpoint before it that is complete: torch writes .metadata last.
+
+    A step is always left: what it saw of its layers is compared, too, and no checkpoint holds that.
+    """
     net, opt, backward = started("fsdp", "LAMB")
     saved = [int(path.parent.name) for path in Path(folder).glob("*/.metadata")]
-    done = max((t for t in saved if t <= steps), default=0)
+    done = max((t for t in saved if t < steps), default=0)
     if done:
         load(f"{folder}/{done}", net, opt)
     start = time.monotonic()
