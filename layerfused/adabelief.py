@@ -20,7 +20,7 @@ class AdaBelief(Optimizer):
         rectify: RAdam's rectification (arXiv 1908.03265, section 4.2); while its length is below 5 the step is
             lr * m, bias corrected [code]; eps enters as without it [ours].
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

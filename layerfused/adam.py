@@ -24,7 +24,7 @@ class Adam(Optimizer):
         eps: added to the root, >= 0.
         weight_decay: coupled L2, >= 0.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.
@@ -47,7 +47,7 @@ class AdamW(Optimizer):
         eps: added to the root, >= 0.
         weight_decay: decoupled, >= 0: a step takes lr * weight_decay of p away.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

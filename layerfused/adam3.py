@@ -18,7 +18,7 @@ class AdaM3(Optimizer):
         weight_decay: >= 0.
         decoupled: AdamW's decay instead of coupled L2.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

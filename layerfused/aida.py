@@ -21,7 +21,7 @@ class Aida(Optimizer):
         xi: guards the projections' denominators, > 0.
         decoupled: AdamW's decay instead of the authors' coupled L2.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

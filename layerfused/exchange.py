@@ -9,7 +9,7 @@ import torch.distributed as dist
 from .forms import needs_of
 
 MANY = 64  # ranks; with more, gathering everybody's rows costs more than reducing them by an order of the library's own
-_groups = {}  # ranks -> process group, of those that no mesh has
+_groups = {}  # world, ranks -> process group, of those that no mesh has
 
 
 def group_over(mesh, dims: tuple[int, ...]):
@@ -20,9 +20,10 @@ def group_over(mesh, dims: tuple[int, ...]):
     ranks = tuple(mesh.mesh[place].flatten().tolist())
     if sorted(ranks) == list(range(dist.get_world_size())):
         return dist.group.WORLD
-    if ranks not in _groups:
-        _groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _groups[ranks]
+    key = dist.group.WORLD, ranks  # a world that was destroyed and made anew has other groups
+    if key not in _groups:
+        _groups[key] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _groups[key]
 
 
 def group_device(group) -> torch.device:

@@ -32,7 +32,7 @@ class LAMB(Optimizer):
         max_grad_norm: global clip, the field's convention; None turns it off and saves a pass over g.
         trust_clip: None, an upper bound, or (lower, upper) for the ratio, the 1 of a zero norm included.
         common: `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.
@@ -75,7 +75,7 @@ class LAMBC(Optimizer):
         bias_correction: False sets ic1 = ic2 = 1.
         grad_averaging: False gives g the coefficient 1 in m.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

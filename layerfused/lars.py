@@ -22,7 +22,7 @@ class LARS(Optimizer):
         lr_in_momentum: the paper's and MLPerf's placement, buf = momentum * buf + lr * d; differs when lr moves.
         larc: ratio = min(ratio / lr, 1), so that lr is an upper bound; a zero norm's ratio stays 1 [ours].
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

@@ -20,7 +20,7 @@ class NovoGrad(Optimizer):
         weight_decay: decoupled, enters m, >= 0.
         grad_averaging: multiplies what enters m by 1 - beta1.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range, and for adapt=False.

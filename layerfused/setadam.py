@@ -20,7 +20,7 @@ class SETAdam(Optimizer):
         tau: share of the least root that is taken off, in [0, 1); the default is [ours].
         decoupled: AdamW's decay instead of coupled L2 [ours].
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`, and the group keys `adapt` and `layer`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`, and the group keys `adapt` and `layer`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.

@@ -16,7 +16,7 @@ class SGD(Optimizer):
         weight_decay: coupled L2, >= 0.
         nesterov: step along g + momentum * buf; needs momentum > 0 and dampening 0.
         common: `max_grad_norm`, `maximize`, `differentiable`, `backend`, `foreach`, `fused`, `capturable`,
-            `precision`, `seed`: see `Optimizer`.
+            `precision`, `seed`, `norm_group`, `amp_scaling`: see `Optimizer`.
 
     Raises:
         ValueError, TypeError: for values out of range.
