@@ -174,3 +174,32 @@ def test_many_ranks():
         assert_whole(found[0][name][0], told(opt, params), tensors())
         seen = found[0][name][1]
         assert [kind for kind in seen if kind != "broadcast"][-len(collectives) :] == collectives, seen
+
+
+# A mesh of two dimensions that is not the whole world: its ranks have no group yet
+
+
+def some_of_the_world():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    part = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    if torch.distributed.get_rank() == 4:
+        return None
+    laid = lambda given: [place(p, part, 0, 1) for p in given]  # noqa: E731
+    params = parameters(laid, tensors())
+    opt = lf.LAMB(params, lr=0.1)
+    with Collectives() as collectives:
+        train(opt, params, steps_of()[:1], laid)
+    seen = [kind for kind in collectives.seen if kind == "all_gather"]
+    train(opt, params, steps_of()[1:], laid)
+    return told(opt, params), seen
+
+
+def test_a_mesh_in_a_larger_world():
+    *found, other = run(some_of_the_world, 5)
+    assert other is None and all(seen == ["all_gather"] * 2 for _, seen in found)
+    ranks_agree([answer for answer, _ in found])
+    params = parameters(plain, tensors())
+    opt = lf.LAMB(params, lr=0.1)
+    train(opt, params, steps_of(), plain)
+    assert_whole(found[0][0], told(opt, params), tensors())
