@@ -37,7 +37,7 @@ def train(make, scaler=None, spoil=(), unscale=False):
     for n in range(STEPS):
         scale = 1.0 if scaler is None else scaler.get_scale()
         for p, g in zip(params, gradients(n, scale), strict=True):
-            p.grad = g
+            p.grad = g.to(p.dtype)
         if n in spoil:
             params[1].grad[2] = math.inf if n % 2 else math.nan
         if scaler is None:
@@ -142,6 +142,21 @@ def test_fp16_parameters():
     scaler.scale((p.float() * 1e-7).sum()).backward()
     scaler.step(opt)
     assert int(opt.state[p]["step"]) == 1 and not torch.equal(p, torch.ones_like(p))
+
+
+@pytest.mark.parametrize("word", ["master", "remainder", "kahan", "stochastic", ("master", "bf16-states")], ids=str)
+def test_with_precision(word):
+    """Gradients of bfloat16 times a power of two are the same gradients."""
+
+    def make(params, **scaling):
+        for p in params:
+            p.data = p.data.bfloat16()
+        return lf.LAMB(params, lr=0.1, precision=word, **scaling)
+
+    plain, one = train(make)
+    scaled, two = train(lambda params: make(params, amp_scaling=True), scaler_of())
+    assert plain[0].dtype == torch.bfloat16 and same(plain, scaled)
+    assert all(same(one.state[p].values(), two.state[q].values()) for p, q in zip(plain, scaled, strict=True))
 
 
 def test_pickled_and_copied():
